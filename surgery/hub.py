@@ -1,0 +1,303 @@
+"""Saving and loading: a converted model is a model type of its own, `surgery_<type>`, that the Auto classes know.
+
+Nothing is executed from a checkpoint: the recipe travels as plain data in `config.surgery`, and the classes are made here.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto import configuration_auto, modeling_auto
+
+from .cache import recurrent_layer
+from .errors import SurgeryError
+from .patchers.families import FAMILIES
+from .patchers.interface import IMPLEMENTATION, converted_layers
+from .patchers.sites import MODEL_TYPE_PREFIX, base_model_type
+from .recipe import Recipe, load_recipe
+
+FORMAT = 1
+MIXER_KEYS = r"\.mixer\."
+
+
+class SurgicalConfig:
+    """Mixin of generated config classes; `surgery` holds {"format", "recipe", "layers"}."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        register_models(type(self))
+
+    def __reduce_ex__(self, protocol: int) -> tuple:
+        _, _, *rest = super().__reduce_ex__(protocol)
+        return _blank_config, (_original(type(self)),), *rest
+
+
+class SurgicalModel:
+    """Mixin of generated model classes: what changes around the attention layers."""
+
+    _keep_in_fp32_modules_strict = ["mixer"]
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any):
+        from .operate import install
+
+        settings = read_settings(config)
+        if config._attn_implementation == IMPLEMENTATION:  # a live model's config: the softmax layers' own choice is asked
+            config = copy.copy(config)
+            config._attn_implementation_internal = None
+        super().__init__(config, *args, **kwargs)
+        install(self, load_recipe(settings["recipe"]), tuple(settings["layers"]))
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        missing = sorted(key for key in info["missing_keys"] if ".mixer." in key)
+        if missing:
+            raise SurgeryError(
+                f"the checkpoint lacks {len(missing)} mixer weights (e.g. {missing[0]}): it was not saved whole; to convert "
+                "a softmax checkpoint while loading, use surgery.from_pretrained(name, recipe=...)"
+            )
+        return (model, info) if output_loading_info else model
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """As transformers', but the folder appears complete or not at all; see `replace_folder`."""
+        if kwargs.get("is_main_process", True) is False:
+            return super().save_pretrained(save_directory, *args, **kwargs)
+        target = Path(save_directory)
+        with replace_folder(target) as folder:
+            super().save_pretrained(folder, *args, **{**kwargs, "push_to_hub": False})
+        if kwargs.get("push_to_hub"):
+            self.push_to_hub(kwargs.get("repo_id") or target.name)
+        return None
+
+    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict, *args: Any, **kwargs: Any) -> Any:
+        result = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        cache = model_kwargs.get("past_key_values")
+        if cache is not None and self.surgery.switch.mode == "student":
+            for module in converted_layers(self).values():
+                layer = recurrent_layer(cache, module.layer_idx)
+                if getattr(generation_config, "is_assistant", False):
+                    layer.activate_past_recording()
+        return result
+
+    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """Raises: continuous batching pages keys and values, which a converted model does not have."""
+        raise SurgeryError(
+            "continuous batching (generate_batch) keeps paged keys and values, which a converted model does not have: use "
+            "model.generate with a batch instead"
+        )
+
+    init_continuous_batching = generate_batch
+
+    def __reduce_ex__(self, protocol: int) -> tuple:
+        _, _, *rest = super().__reduce_ex__(protocol)
+        return _blank_model, (_original(type(self)),), *rest
+
+
+def _blank_config(cls: type) -> Any:
+    generated = config_class(cls)
+    return generated.__new__(generated)
+
+
+def _blank_model(cls: type) -> Any:
+    generated = model_class(cls)
+    return generated.__new__(generated)
+
+
+@functools.cache
+def config_class(cls: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
+    """`SurgeryLlamaConfig` for `LlamaConfig`."""
+    body = {"model_type": MODEL_TYPE_PREFIX + cls.model_type, "__module__": __name__, "__doc__": cls.__doc__}
+    return type(f"Surgery{cls.__name__}", (SurgicalConfig, cls), body)
+
+
+@functools.cache
+def model_class(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """`SurgeryLlamaForCausalLM` for `LlamaForCausalLM`."""
+    body = {"config_class": config_class(cls.config_class), "__module__": __name__, "__doc__": cls.__doc__}
+    return type(f"Surgery{cls.__name__}", (SurgicalModel, cls), body)
+
+
+def register_configs() -> None:
+    """Make AutoConfig know the converted form of every supported family. Cheap: no modeling code is imported."""
+    for model_type in FAMILIES:
+        original = configuration_auto.CONFIG_MAPPING[model_type]
+        AutoConfig.register(MODEL_TYPE_PREFIX + model_type, config_class(original), exist_ok=True)
+
+
+@functools.cache
+def register_models(config_cls: type[PreTrainedConfig]) -> None:
+    """Make the Auto classes, checkpoint conversion and peft's default targets know the models of a converted config."""
+    from peft.utils import constants
+    from transformers.conversion_mapping import (
+        get_checkpoint_conversion_mapping,
+        register_checkpoint_conversion_mapping,
+    )
+
+    original = _original(config_cls)
+    for auto in vars(modeling_auto).values():
+        mapping = getattr(auto, "_model_mapping", None) if isinstance(auto, type) else None
+        if mapping is None or original not in mapping:
+            continue
+        models = mapping[original]
+        for cls in models if isinstance(models, (list, tuple)) else [models]:
+            if cls.config_class is original:
+                auto.register(config_cls, model_class(cls), exist_ok=True)
+    conversion = get_checkpoint_conversion_mapping(original.model_type)
+    if conversion is not None:
+        register_checkpoint_conversion_mapping(config_cls.model_type, conversion, overwrite=True)
+    for name, targets in vars(constants).items():
+        if name.startswith("TRANSFORMERS_MODELS_TO") and isinstance(targets, dict) and original.model_type in targets:
+            targets.setdefault(config_cls.model_type, targets[original.model_type])
+
+
+def original_name(model: PreTrainedModel) -> str:
+    """Class name without conversion."""
+    return _original(type(model)).__name__
+
+
+def _original(cls: type) -> type:
+    """What a generated class was generated from; any other class itself."""
+    mro = cls.__mro__
+    mixin = next((mixin for mixin in (SurgicalModel, SurgicalConfig) if mixin in mro), None)
+    return cls if mixin is None else mro[mro.index(mixin) + 1]
+
+
+def convert_classes(model: PreTrainedModel, recipe: Recipe, layers: tuple[int, ...]) -> None:
+    """Swap the classes of a live model and its config for the generated ones, and note the recipe in the config."""
+    if not isinstance(model.config, SurgicalConfig):
+        model.config.__class__ = config_class(type(model.config))
+    register_models(type(model.config))
+    model.config.surgery = {"format": FORMAT, "recipe": recipe.to_dict(), "layers": list(layers)}
+    if not isinstance(model, SurgicalModel):
+        model.__class__ = model_class(type(model))
+        keep = set(model._keep_in_fp32_modules_strict or ())
+        model._keep_in_fp32_modules_strict = keep | set(SurgicalModel._keep_in_fp32_modules_strict)
+
+
+def restore_classes(model: PreTrainedModel) -> None:
+    """Undo `convert_classes`."""
+    model.__class__ = _original(type(model))
+    model._keep_in_fp32_modules_strict -= set(SurgicalModel._keep_in_fp32_modules_strict)
+    del model.config.surgery
+    model.config.__class__ = _original(type(model.config))
+
+
+def read_settings(config: Any) -> dict[str, Any]:
+    """The `surgery` block of a converted config.
+
+    Raises:
+        SurgeryError: there is none, or a newer version wrote it.
+    """
+    settings = getattr(config, "surgery", None)
+    if not isinstance(settings, dict) or not {"recipe", "layers"} <= settings.keys():
+        raise SurgeryError(
+            f"the config of type {getattr(config, 'model_type', '?')!r} has no `surgery` block with recipe and layers: it "
+            "was not written by surgery, or edited; convert the original model again"
+        )
+    if settings.get("format", 0) > FORMAT:
+        raise SurgeryError(
+            f"this checkpoint has format {settings['format']} and this surgery reads up to {FORMAT}: upgrade surgery"
+        )
+    return settings
+
+
+def from_pretrained(name: str | os.PathLike, recipe: Any = None, *, layers: Any = None, **kwargs: Any) -> PreTrainedModel:
+    """Load a checkpoint as a converted causal language model.
+
+    With `recipe`, a softmax checkpoint is converted while it is read: the model is built with its mixers from the start and
+    filled from the file, so no second copy of the weights exists. Without, `name` must be a converted checkpoint.
+    `kwargs` go to transformers' from_pretrained (dtype, device_map, revision ...).
+
+    Raises:
+        RecipeError, UnsupportedModelError, SurgeryError: as `apply`; also a converted checkpoint together with a recipe.
+    """
+    from transformers import AutoModelForCausalLM
+
+    from .operate import _plan, remember_base
+
+    config = kwargs.pop("config", None) or AutoConfig.from_pretrained(name, **_hub_arguments(kwargs))
+    if recipe is None:
+        if not isinstance(config, SurgicalConfig):
+            raise SurgeryError(f"{name} is not a converted checkpoint: say which recipe to convert it with")
+        return AutoModelForCausalLM.from_pretrained(name, config=config, **kwargs)
+    if isinstance(config, SurgicalConfig):
+        raise SurgeryError(f"{name} is already converted: load it without a recipe, or convert the original checkpoint")
+    if base_model_type(config) not in FAMILIES or type(config) not in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING:
+        supported = ", ".join(sorted(FAMILIES))
+        raise SurgeryError(f"{name} ({config.model_type}) is not a supported family; supported: {supported}")
+    with torch.device("meta"):
+        plan = _plan(AutoModelForCausalLM.from_config(config), recipe, layers)
+    config.__class__ = config_class(type(config))
+    config.surgery = {"format": FORMAT, "recipe": plan.recipe.to_dict(), "layers": list(plan.chosen)}
+    cls = model_class(type(plan.model))
+    model = _filling_class(cls).from_pretrained(name, config=config, **kwargs)
+    model.__class__ = cls
+    model._keys_to_ignore_on_load_missing.discard(MIXER_KEYS)
+    for path, module in model.named_modules():
+        if ".mixer" in path and hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    remember_base(model)
+    return model
+
+
+def _hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
+    names = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "trust_remote_code")
+    return {name: kwargs[name] for name in names if name in kwargs}
+
+
+@functools.cache
+def _filling_class(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """The class as which a softmax checkpoint is read: mixers are expected to be missing from it."""
+    return type(cls.__name__, (cls,), {"_keys_to_ignore_on_load_missing": [MIXER_KEYS], "__module__": __name__})
+
+
+class replace_folder:
+    """Context manager: write into a temporary sibling of `target`, then put it in place.
+
+    A new folder appears by one rename. In an existing one config.json goes first and comes last, so that at any moment the
+    folder either loads whole or does not load.
+    """
+
+    def __init__(self, target: Path):
+        self.target = target
+
+    def __enter__(self) -> Path:
+        self.target.parent.mkdir(parents=True, exist_ok=True)
+        self.folder = Path(tempfile.mkdtemp(prefix=f".{self.target.name}.", suffix=".tmp", dir=self.target.parent))
+        return self.folder
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        try:
+            if kind is None:
+                self._commit()
+        finally:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _commit(self) -> None:
+        self.folder.chmod(0o777 & ~_umask())
+        if not self.target.exists():
+            os.rename(self.folder, self.target)
+            return
+        (self.target / "config.json").unlink(missing_ok=True)
+        names = sorted((path.name for path in self.folder.iterdir()), key=lambda name: name == "config.json")
+        stale = {p.name for p in self.target.glob("model*.safetensors*")} - set(names)
+        for name in stale:
+            (self.target / name).unlink()
+        for name in names:
+            os.replace(self.folder / name, self.target / name)
+
+
+def _umask() -> int:
+    value = os.umask(0)
+    os.umask(value)
+    return value
+
+

@@ -1,0 +1,123 @@
+"""What a mixer is given, what it returns, and what it promises.
+
+A mixer turns the queries, keys and values of one attention layer into that layer's output. It knows nothing of the
+architecture around it: everything it may look at arrives in one `AttentionContext`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import ClassVar
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+State = dict[str, Tensor]
+"""What a mixer carries from token to token: named tensors, batch first, of a size independent of the context."""
+
+
+class Config(BaseModel):
+    """Base of everything a recipe can spell: unknown keys are errors and values never change after validation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """The layer a mixer is built for.
+
+    `sliding_window` and `softcap` are the layer's own (None: it has none); `layer` of `layers` places it in the stack.
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    hidden_size: int
+    layer: int
+    layers: int
+    sliding_window: int | None = None
+    softcap: float | None = None
+
+    @property
+    def groups(self) -> int:
+        """Query heads that share one key/value head."""
+        return self.heads // self.kv_heads
+
+
+@dataclass(frozen=True)
+class AttentionContext:
+    """One call of one attention layer.
+
+    q: [B, T, H, D] and k, v: [B, T, H_kv, D] as the softmax would see them (rotated, normalised).
+    scaling: factor of q·k in the softmax.
+    raw_q, raw_k: [B, T, H, D], [B, T, H_kv, D] as the projections gave them, before norms and rotation; only when the
+        mixer's `needs` names them. hidden_states: [B, T, C], likewise.
+    lengths: [B] int64, the number of real tokens of each row; they come first, padding follows. None: all T are real.
+    segments: [B, T] int64, the document each token belongs to, counted within its row. None: one document a row.
+        A carried state belongs to the document of the row's first token.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    scaling: float
+    raw_q: Tensor | None = None
+    raw_k: Tensor | None = None
+    hidden_states: Tensor | None = None
+    lengths: Tensor | None = None
+    segments: Tensor | None = None
+
+    def map(self, fn) -> AttentionContext:
+        """A copy with `fn` applied to every [B, T, ...] tensor."""
+        changes = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor) and field.name != "lengths":
+                changes[field.name] = fn(value)
+        return replace(self, **changes)
+
+    @property
+    def valid(self) -> Tensor | None:
+        """[B, T] bool, True at real tokens; None when all are."""
+        if self.lengths is None:
+            return None
+        return torch.arange(self.q.shape[1], device=self.q.device) < self.lengths[:, None]
+
+
+class Mixer(nn.Module):
+    """Base of all mixers.
+
+    `forward(context, state, return_state)` takes the state left by the tokens before (None: there are none) and returns
+    the output [B, T, H, D] in q's dtype and, when asked, the state after these tokens. It never writes into `state`.
+    Contracts: one call over T tokens equals T calls of one token; padding and other rows change nothing; states are
+    fp32 except window keys and values; gradients flow through everything, the incoming state included.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+    """Fields of `AttentionContext` to provide beyond q, k, v: any of raw_q, raw_k, hidden_states."""
+
+    def __init__(self, shape: AttentionShape):
+        super().__init__()
+        self.shape = shape
+
+    def forward(
+        self, context: AttentionContext, state: State | None = None, return_state: bool = False
+    ) -> tuple[Tensor, State | None]:
+        raise TypeError(f"{type(self).__name__} does not define forward")
+
+    def init_state(self, batch: int, *, device: torch.device | str, dtype: torch.dtype) -> State:
+        """The state before any token; window keys and values are kept in `dtype` (the activations')."""
+        raise TypeError(f"{type(self).__name__} does not define init_state")
+
+    def reset_parameters(self) -> None:
+        """Give every own parameter its documented initial value (children of a mixer do so themselves)."""
+
+    def describe(self) -> str:
+        """A few words for reports."""
+        return type(self).__name__.removesuffix("Mixer").lower()
+
+    def state_bytes(self, dtype: torch.dtype, batch: int = 1) -> int:
+        """Bytes that `batch` sequences hold while decoding, at any context length."""
+        state = self.init_state(batch, device="meta", dtype=dtype)
+        return sum(t.numel() * t.element_size() for t in state.values())

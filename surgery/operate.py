@@ -1,0 +1,292 @@
+"""apply, revert, inspect and mode: match a recipe to the attention of a model, check everything, then swap."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from . import adapters, hub
+from .errors import SurgeryError
+from .mixers.base import Mixer
+from .patchers.interface import (
+    IMPLEMENTATION,
+    Site,
+    Switch,
+    TransferLoss,
+    converted_layers,
+    swap,
+    unswap,
+    use_implementation,
+)
+from .patchers.sites import find_model, find_sites
+from .recipe import Recipe, load_recipe
+from .report import LayerReport, Report
+
+Model = TypeVar("Model", bound=nn.Module)
+Layers = Iterable[int] | None
+MODES = ("student", "teacher", "transfer")
+
+
+@dataclass
+class Operation:
+    """What `apply` did to a model; `model.surgery`.
+
+    report: one row a layer. recipe: the validated recipe. layers: indices of the converted layers.
+    fingerprints: base parameter -> (xor, sum) of its bits, by which `revert` knows that nothing was trained.
+    adapters: those the model had before.
+    """
+
+    report: Report
+    recipe: Recipe
+    layers: tuple[int, ...]
+    switch: Switch
+    fingerprints: dict[str, tuple[int, int]] = field(default_factory=dict)
+    adapters: frozenset[str] = frozenset()
+
+    @property
+    def complete(self) -> bool:
+        """Whether no softmax layer is left."""
+        return len(self.layers) == len(self.report.layers)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    model: PreTrainedModel
+    recipe: Recipe
+    sites: list[Site]
+    chosen: tuple[int, ...]
+
+
+def apply(model: Model, recipe: Recipe | str | dict | Any, *, layers: Layers = None) -> Model:
+    """Swap the attention of `model` for the recipe's mixer, in place, and return `model`.
+
+    model: a Hugging Face model, alone or inside a PeftModel, a compiled module or a LightningModule.
+    recipe: a shipped name ("llama/lolcats"), a path to a YAML file, a dict or a `Recipe`.
+    layers: indices of the layers to convert, negative ones from the end; None: the recipe's choice, by default all.
+
+    Everything is checked before anything is touched. `model.surgery` then holds the report and the recipe.
+
+    Raises:
+        RecipeError: the recipe is unknown or invalid; every mistake is listed.
+        UnsupportedModelError: the model cannot be converted; the message says why and what can.
+        SurgeryError: recipe and model do not fit together.
+    """
+    plan = _plan(model, recipe, layers)
+    mixers = {index: _build(plan.sites[index], plan.recipe) for index in plan.chosen}
+    operation = _install(plan, mixers)
+    remember_base(plan.model)
+    if not hasattr(type(model), "surgery") and model is not plan.model:
+        model.surgery = operation
+    return model
+
+
+def inspect(model: nn.Module, recipe: Recipe | str | dict | Any, *, layers: Layers = None) -> Report:
+    """The report that `apply` would leave, without touching the model (which may be on the meta device).
+
+    Raises:
+        RecipeError, UnsupportedModelError, SurgeryError: exactly when `apply` would.
+    """
+    plan = _plan(model, recipe, layers)
+    return _report(plan, {index: _meta_mixer(plan.sites[index], plan.recipe) for index in plan.chosen})
+
+
+def revert(model: Model) -> Model:
+    """Give the original model back, bit for bit, in place, and return `model`. What mixers learned is dropped.
+
+    Raises:
+        SurgeryError: the model is not converted, a base weight changed since `apply` (it was trained, or an adapter was
+            merged into it), or adapters were added since.
+    """
+    inner = find_model(model)
+    operation = _operation(inner)
+    _check_base(inner, operation)
+    added = sorted(set(adapters.names(inner)) - operation.adapters)
+    if added:
+        raise SurgeryError(
+            f"cannot revert: adapters were added since surgery.apply ({', '.join(added)}): remove them first, with "
+            "peft_model.unload() or model.delete_adapter(name)"
+        )
+    for module in converted_layers(inner).values():
+        unswap(module)
+    inner.config._attn_implementation_internal = operation.switch.implementation
+    hub.restore_classes(inner)
+    for holder in {id(model): model, id(inner): inner}.values():
+        holder.__dict__.pop("surgery", None)
+    return model
+
+
+@contextmanager
+def mode(model: nn.Module, name: str, *, loss: TransferLoss | None = None) -> Iterator[Switch]:
+    """Let the same weights act as another model for a while.
+
+    "student": the converted model. "teacher": the softmax model it came from, to the bit, with adapters disabled.
+    "transfer": the teacher's output flows on from layer to layer while each mixer's output, on the same q, k and v, is
+    compared with it; `switch.losses` maps layer index to loss (default: mean squared error over real tokens). Only new
+    parameters get gradients then.
+
+    Raises:
+        SurgeryError: an unknown mode, a model that is not converted, or adapters merged into the base weights.
+    """
+    if name not in MODES:
+        raise SurgeryError(f"unknown mode {name!r}: choose one of {', '.join(MODES)}")
+    inner = find_model(model)
+    switch = _operation(inner).switch
+    previous = switch.mode, switch.transfer_loss
+    with adapters.disabled(inner) if name != "student" else adapters.unchanged():
+        try:
+            switch.losses.clear()
+            _enter(inner, name, loss or nn.functional.mse_loss)
+            yield switch
+        finally:
+            _enter(inner, *previous)
+
+
+def remember_base(model: PreTrainedModel) -> None:
+    """Note what the base weights are now, in memory parameter by parameter and in the config as one digest."""
+    operation = _operation(model)
+    operation.fingerprints = _fingerprints(model)
+    operation.adapters = frozenset(adapters.names(model))
+    model.config.surgery["base"] = _digest(operation.fingerprints)
+
+
+def _check_base(model: PreTrainedModel, operation: Operation) -> None:
+    now, before = _fingerprints(model), operation.fingerprints
+    changed = [name for name, value in now.items() if before.get(name, value) != value]
+    if changed or _digest(now) != model.config.surgery.get("base"):
+        which = f"{len(changed)} base weights (e.g. {changed[0]})" if changed else "base weights"
+        raise SurgeryError(
+            f"cannot revert: {which} changed since surgery.apply, by training, by merging an adapter or by loading in "
+            "another dtype, so the original is gone: load it again"
+        )
+
+
+def _operation(model: PreTrainedModel) -> Operation:
+    operation = model.__dict__.get("surgery")
+    if operation is None:
+        raise SurgeryError(f"this {type(model).__name__} is not converted: call surgery.apply(model, recipe) first")
+    return operation
+
+
+def _enter(model: PreTrainedModel, name: str, loss: TransferLoss | None) -> None:
+    operation = _operation(model)
+    switch = operation.switch
+    switch.mode, switch.transfer_loss = name, loss
+    for module in converted_layers(model).values():
+        use_implementation(module, None if name == "teacher" else IMPLEMENTATION)
+    # with no softmax layer left nothing needs a [T, T] mask; otherwise all layers share the model's own
+    own = name != "student" or not operation.complete
+    model.config._attn_implementation_internal = switch.implementation if own else IMPLEMENTATION
+
+
+def _plan(model: nn.Module, recipe: Any, layers: Layers) -> _Plan:
+    resolved = load_recipe(recipe)
+    inner = find_model(model)
+    sites = find_sites(inner)
+    wanted = layers if layers is not None else resolved.layers
+    chosen = _choose(wanted, len(sites))
+    for index in chosen:
+        _meta_mixer(sites[index], resolved)
+    return _Plan(inner, resolved, sites, chosen)
+
+
+def _choose(wanted: Layers, count: int) -> tuple[int, ...]:
+    if wanted is None:
+        return tuple(range(count))
+    wanted = list(wanted)
+    wrong = [index for index in wanted if not -count <= index < count]
+    if wrong or not wanted:
+        what = f"layers {wrong} do not exist" if wrong else "no layer was chosen"
+        raise SurgeryError(f"{what}: the model has layers 0 to {count - 1} (negative indices count from the end)")
+    return tuple(sorted({index % count for index in wanted}))
+
+
+def _meta_mixer(site: Site, recipe: Recipe) -> Mixer:
+    with torch.device("meta"):
+        return recipe.mixer.build(site.shape)
+
+
+def _build(site: Site, recipe: Recipe) -> Mixer:
+    with torch.device(_device(site.module)):
+        mixer = recipe.mixer.build(site.shape)
+    mixer.train(site.module.training)
+    return mixer
+
+
+def _device(module: nn.Module) -> torch.device | str:
+    hook = getattr(module, "_hf_hook", None)
+    device = getattr(hook, "execution_device", None)
+    if device is not None:
+        return torch.device(device) if not isinstance(device, int) else torch.device("cuda", device)
+    return next(module.parameters()).device
+
+
+def _install(plan: _Plan, mixers: dict[int, Mixer]) -> Operation:
+    model = plan.model
+    switch = Switch(implementation=model.config._attn_implementation)
+    operation = Operation(_report(plan, mixers), plan.recipe, plan.chosen, switch)
+    for index, mixer in mixers.items():
+        swap(plan.sites[index], mixer, switch)
+    hub.convert_classes(model, plan.recipe, plan.chosen)
+    model.surgery = operation
+    _enter(model, "student", None)
+    return operation
+
+
+def install(model: PreTrainedModel, recipe: Recipe, layers: tuple[int, ...]) -> None:
+    """Convert a model that is being built from a converted config (`hub`), on whatever device it is being built."""
+    plan = _plan(model, recipe, layers)
+    _install(plan, {index: recipe.mixer.build(plan.sites[index].shape) for index in plan.chosen})
+
+
+def _report(plan: _Plan, mixers: dict[int, Mixer]) -> Report:
+    dtype = plan.model.dtype
+    rows = []
+    for index, site in enumerate(plan.sites):
+        mixer, shape = mixers.get(index), site.shape
+        per_token = 2 * shape.kv_heads * shape.head_dim * dtype.itemsize
+        state = 0 if mixer is None else mixer.state_bytes(dtype)
+        names = () if mixer is None else tuple(f"{site.path}.mixer.{name}" for name, _ in mixer.named_parameters())
+        rows.append(
+            LayerReport(
+                path=site.path,
+                before="softmax" if shape.sliding_window is None else f"softmax, window {shape.sliding_window}",
+                after="softmax" if mixer is None else mixer.describe(),
+                converted=mixer is not None,
+                new_parameters=0 if mixer is None else sum(p.numel() for p in mixer.parameters()),
+                trainable=names,
+                state_bytes=state,
+                cache_bytes_per_token=per_token,
+                break_even=None if mixer is None else -(-state // per_token),
+            )
+        )
+    return Report(hub.original_name(plan.model), tuple(rows))
+
+
+@torch.no_grad()
+def _fingerprints(model: nn.Module) -> dict[str, tuple[int, int]]:
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+    def of(parameter: Tensor) -> tuple[int, int]:
+        # integer sums and xors do not depend on device, threads or order
+        bits = parameter.detach().contiguous().view(integers[parameter.dtype.itemsize])
+        return int(torch.hash_tensor(bits).view(torch.int64)), int(bits.sum(dtype=torch.int64))
+
+    return {
+        adapters.canonical(name): of(parameter)
+        for name, parameter in model.named_parameters()
+        if not parameter.is_meta and not adapters.is_adapter(name) and ".mixer." not in name
+    }
+
+
+def _digest(fingerprints: dict[str, tuple[int, int]]) -> str:
+    return hashlib.sha256(repr(sorted(fingerprints.items())).encode()).hexdigest()
+
+
+__all__ = ["MODES", "Operation", "apply", "inspect", "install", "mode", "remember_base", "revert"]

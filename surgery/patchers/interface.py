@@ -1,0 +1,271 @@
+"""One path for every architecture whose attention goes through transformers' AttentionInterface.
+
+The model's own forward keeps making q, k and v (rotation, norms, biases, fused projections, LoRA, quantised weights). The
+module's class is swapped in place for a subclass that withholds the cache and hands what a mixer needs to the attention
+function `surgery`, chosen by a copy of the config that only this layer sees.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.masking_utils import AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+
+from ..cache import Chunk, RecurrentLayer, recurrent_layer
+from ..errors import SurgeryError
+from ..mixers.base import AttentionContext, AttentionShape, Mixer
+from .families import Family
+from .masks import padding_mask, read_documents, read_padding
+
+IMPLEMENTATION = "surgery"
+CACHE_ARGUMENTS = ("past_key_values", "layer_past")
+
+TransferLoss = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass
+class Switch:
+    """What all converted layers of one model share: how they act now, and where losses of `transfer` mode go."""
+
+    mode: str = "student"
+    implementation: str = "sdpa"
+    transfer_loss: TransferLoss | None = None
+    losses: dict[int, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Site:
+    """One attention module that can be converted, with everything architecture-specific that a conversion needs."""
+
+    path: str
+    module: nn.Module
+    family: Family
+    shape: AttentionShape
+
+
+@dataclass
+class Call:
+    """What one forward of a converted attention knows before q, k and v exist."""
+
+    cache: RecurrentLayer | None
+    hidden_states: Tensor
+    position_ids: Tensor | None
+    cu_seqlens: Tensor | None
+
+
+class Capture:
+    """Forward hook that keeps the output of one projection until the attention function takes it."""
+
+    def __init__(self, owner: nn.Module, name: str):
+        self.owner, self.name = owner, name
+
+    def __call__(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        if self.owner.surgery_switch.mode != "teacher":
+            self.owner.surgery_raw[self.name] = output
+
+
+class Surgical:
+    """Mixin put before an attention class by `surgical_class`; its state lives in the module's `__dict__`.
+
+    mixer: the Mixer. surgery_site_family, surgery_shape, surgery_switch: see `swap`. surgery_raw: outputs of the
+    projections during a call. surgery_hooks: projection name -> (module, handle).
+    """
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        switch: Switch = self.surgery_switch
+        if switch.mode == "teacher":
+            return super().forward(*args, **kwargs)
+        if "cache" in kwargs:
+            raise SurgeryError(
+                "continuous batching keeps paged keys and values, which a converted model does not have: "
+                "use model.generate, with a batch, instead"
+            )
+        self._surgery_hook()
+        name = next((name for name in CACHE_ARGUMENTS if name in kwargs), None)
+        cache = None if name is None else kwargs[name]
+        if name is not None:
+            kwargs[name] = None
+        if switch.mode == "transfer":
+            _refuse_continuation(cache)
+            cache = None
+        call = Call(
+            cache=None if cache is None else recurrent_layer(cache, self.layer_idx),
+            hidden_states=args[0] if args else kwargs["hidden_states"],
+            position_ids=kwargs.get("position_ids"),
+            cu_seqlens=kwargs.get("cu_seq_lens_q"),
+        )
+        return super().forward(*args, surgery=call, **kwargs)
+
+    def _surgery_hook(self) -> None:
+        """Follow the projections: an adapter that wraps one after conversion must be what is captured."""
+        names = raw_projections(self.surgery_family, self.mixer.needs)
+        for name in names:
+            projection = getattr(self, name)
+            hooked, handle = self.surgery_hooks.get(name, (None, None))
+            if hooked is not projection:
+                if handle is not None:
+                    handle.remove()
+                self.surgery_hooks[name] = (projection, projection.register_forward_hook(Capture(self, name)))
+
+    def surgery_context(self, q: Tensor, k: Tensor, v: Tensor, scaling: float, call: Call) -> AttentionContext:
+        raw_q, raw_k = self._surgery_raw_qk()
+        batch, length = q.shape[0], q.shape[2]
+        return AttentionContext(
+            q=q.transpose(1, 2),
+            k=k.transpose(1, 2),
+            v=v.transpose(1, 2),
+            scaling=scaling,
+            raw_q=raw_q,
+            raw_k=raw_k,
+            hidden_states=call.hidden_states if "hidden_states" in self.mixer.needs else None,
+            segments=read_documents(call.position_ids, call.cu_seqlens, batch, length),
+        )
+
+    def _surgery_raw_qk(self) -> tuple[Tensor | None, Tensor | None]:
+        family, shape, needs = self.surgery_family, self.surgery_shape, self.mixer.needs
+        raw = self.surgery_raw
+        q = raw.pop(family.q, None)
+        k = q if family.split is not None else raw.pop(family.k, None)
+        if family.split is not None and q is not None:
+            q, k = family.split(q, shape)
+        as_heads = lambda flat, wanted: None if wanted not in needs else flat.unflatten(-1, (-1, shape.head_dim))  # noqa: E731
+        return as_heads(q, "raw_q"), as_heads(k, "raw_k")
+
+    def __reduce_ex__(self, protocol: int) -> tuple:
+        _, _, *rest = super().__reduce_ex__(protocol)
+        return _rebuild, (original_class(type(self)),), *rest
+
+
+def _rebuild(cls: type) -> nn.Module:
+    generated = surgical_class(cls)
+    return generated.__new__(generated)
+
+
+@functools.cache
+def surgical_class(cls: type) -> type:
+    """The subclass of an attention class that `Surgical` steers; one per class."""
+    return type(f"Surgical{cls.__name__}", (Surgical, cls), {"__module__": __name__, "__doc__": cls.__doc__})
+
+
+def original_class(cls: type) -> type:
+    """What `surgical_class` was given."""
+    return cls.__mro__[2]
+
+
+def raw_projections(family: Family, needs: frozenset[str]) -> list[str]:
+    """Names of the projections whose output is to be captured."""
+    names = [name for need, name in (("raw_q", family.q), ("raw_k", family.k)) if need in needs]
+    return list(dict.fromkeys(names))
+
+
+def _refuse_continuation(cache: Any) -> None:
+    if cache is not None and int(cache.get_seq_length()):
+        raise SurgeryError("transfer mode trains on whole sequences: call the model without a filled cache")
+
+
+def surgery_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    scaling: float | None = None,
+    surgery: Call | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The attention function of converted layers: [B, H, T, D] in, [B, T, H, D] out, no weights."""
+    if surgery is None:
+        raise SurgeryError(
+            f"{type(module).__name__} was called around its converted forward (an instance-level `forward` hides it): "
+            "remove the patch, or apply surgery after it"
+        )
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    context = module.surgery_context(query, key, value, scaling, surgery)
+    cache, window = surgery.cache, kwargs.get("sliding_window")
+    real = read_padding(attention_mask, query.shape[2], 0 if cache is None else cache.seen, window)
+    if real is not None and context.segments is not None:
+        # positions jump at padding too; a padded batch is never packed
+        context = AttentionContext(**{**vars(context), "segments": None})
+    if module.surgery_switch.mode == "transfer":
+        return _transfer(module, (query, key, value, attention_mask), scaling, kwargs, Chunk(module.mixer, context, real))
+    if cache is not None:
+        return cache.step(module.mixer, context, real), None
+    return Chunk(module.mixer, context, real).run(None, return_state=False)[0], None
+
+
+def _transfer(module: nn.Module, inputs: tuple, scaling: float, kwargs: dict, chunk: Chunk) -> tuple[Tensor, None]:
+    """Pass the teacher's output on; record how far the student is from it, on the same q, k and v."""
+    switch: Switch = module.surgery_switch
+    eager = sys.modules[original_class(type(module)).__module__].eager_attention_forward
+    attention = ALL_ATTENTION_FUNCTIONS.get_interface(switch.implementation, eager)
+    with torch.no_grad():
+        teacher = attention(module, *inputs, scaling=scaling, **kwargs)[0].detach()
+    context = chunk.context.map(lambda tensor: tensor.detach())
+    student = Chunk(chunk.mixer, context, chunk.real).run(None, return_state=False)[0]
+    switch.losses[module.layer_idx] = switch.transfer_loss(*_select(student, teacher, chunk.real))
+    return teacher, None
+
+
+def _select(student: Tensor, teacher: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor]:
+    return (student, teacher) if real is None else (student[real], teacher[real])
+
+
+AttentionInterface.register(IMPLEMENTATION, surgery_attention)
+AttentionMaskInterface.register(IMPLEMENTATION, padding_mask)
+
+
+def swap(site: Site, mixer: Mixer, switch: Switch) -> None:
+    """Convert one attention in place. Nothing can fail in here that was not checked before."""
+    module = site.module
+    state = {
+        "surgery_family": site.family,
+        "surgery_shape": site.shape,
+        "surgery_switch": switch,
+        "surgery_raw": {},
+        "surgery_hooks": {},
+        "surgery_config": module.config,
+    }
+    module.__dict__.update(state)
+    module.__class__ = surgical_class(type(module))
+    module.mixer = mixer
+    _rebind_forward(module)
+    use_implementation(module, IMPLEMENTATION)
+
+
+def unswap(module: nn.Module) -> None:
+    """Undo `swap`."""
+    for _, handle in module.surgery_hooks.values():
+        handle.remove()
+    module.config = module.surgery_config
+    for name in [name for name in module.__dict__ if name.startswith("surgery_")]:
+        del module.__dict__[name]
+    del module.mixer
+    module.__class__ = original_class(type(module))
+    _rebind_forward(module)
+
+
+def use_implementation(module: nn.Module, implementation: str | None) -> None:
+    """Choose this layer's attention function; None: the model's own."""
+    module.config = module.surgery_config
+    if implementation is not None:
+        module.config = copy.copy(module.surgery_config)
+        module.config._attn_implementation_internal = implementation
+
+
+def _rebind_forward(module: nn.Module) -> None:
+    # accelerate keeps the bound forward of the class it saw; point it at the class we have now
+    if "_old_forward" in module.__dict__:
+        module._old_forward = type(module).forward.__get__(module)
+
+
+def converted_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Converted attention modules by path."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, Surgical)}

@@ -1,0 +1,123 @@
+"""Finding what can be converted: the Hugging Face model inside whatever the user holds, and its attention modules."""
+
+from __future__ import annotations
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..errors import UnsupportedModelError
+from ..mixers.base import AttentionShape
+from .families import FAMILIES, Family
+from .interface import IMPLEMENTATION, Site, Surgical
+
+MODEL_TYPE_PREFIX = "surgery_"
+WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine", "DataParallel")
+
+
+def base_model_type(config: object) -> str:
+    """`llama` for both a Llama and a converted Llama."""
+    return getattr(config, "model_type", "").removeprefix(MODEL_TYPE_PREFIX)
+
+
+def find_model(model: nn.Module) -> PreTrainedModel:
+    """The one Hugging Face model in `model`: itself, or inside a PeftModel, a compiled module, a LightningModule.
+
+    Raises:
+        UnsupportedModelError: there is none, there are several, or `model` is already wrapped for distribution.
+    """
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModelError(
+            f"surgery operates on torch modules, not on {type(model).__name__}: pass a loaded model, or use "
+            "surgery.from_pretrained(name, recipe=...)"
+        )
+    for path, module in model.named_modules():
+        if type(module).__name__ in WRAPPERS or type(module).__name__.startswith("FSDP"):
+            raise UnsupportedModelError(
+                f"{path or 'the model'} is already wrapped by {type(module).__name__}: apply surgery before wrapping, so "
+                "that new parameters are wrapped too"
+            )
+    found: dict[str, PreTrainedModel] = {}
+    for path, module in model.named_modules():
+        nested = any(path.startswith(f"{outer}." if outer else "") for outer in found)
+        if isinstance(module, PreTrainedModel) and not nested:
+            found[path] = module
+    if not found:
+        raise UnsupportedModelError(
+            f"no Hugging Face model found in {type(model).__name__}: surgery converts PreTrainedModel instances, alone or "
+            "inside another module"
+        )
+    if len(found) > 1:
+        listing = ", ".join(f"{path} ({type(module).__name__})" for path, module in found.items())
+        raise UnsupportedModelError(
+            f"{type(model).__name__} holds several models: {listing}; say which by passing it itself, e.g. "
+            f"surgery.apply(module.{next(iter(found))}, recipe)"
+        )
+    return next(iter(found.values()))
+
+
+def find_sites(model: PreTrainedModel) -> list[Site]:
+    """Every attention module of `model` that can be converted, in layer order. Touches nothing.
+
+    Raises:
+        UnsupportedModelError: unknown architecture, no attention, already converted, a patched forward, or attention that
+            is not causal self-attention.
+    """
+    name = type(model).__name__
+    if any(isinstance(module, Surgical) for module in model.modules()):
+        raise UnsupportedModelError(
+            f"this {name} is already converted (recipe {model.surgery.recipe.mixer.kind!r}): call surgery.revert(model) "
+            "first, or load the original again"
+        )
+    family = _family(model)
+    config = model.config.get_text_config(decoder=True)
+    modules = [(path, module) for path, module in model.named_modules() if type(module).__name__ == family.attention]
+    if not modules:
+        raise UnsupportedModelError(
+            f"{name} has no {family.attention} modules, so there is no softmax attention to convert: pass the model that "
+            "holds the decoder layers"
+        )
+    layers = len(modules)
+    return [Site(path, module, family, _shape(path, module, config, layers)) for path, module in modules]
+
+
+def _family(model: PreTrainedModel) -> Family:
+    model_type = base_model_type(model.config)
+    family = FAMILIES.get(model_type)
+    if family is not None:
+        return family
+    supported = ", ".join(sorted(FAMILIES))
+    if not any("attention" in type(module).__name__.lower() for module in model.modules()):
+        raise UnsupportedModelError(f"{type(model).__name__} has no attention to convert; supported families: {supported}")
+    if not getattr(model, "_supports_attention_backend", False):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} ({model_type}) computes attention by itself instead of through transformers' "
+            f"AttentionInterface, which surgery needs; supported families: {supported}"
+        )
+    raise UnsupportedModelError(
+        f"{type(model).__name__} ({model_type}) is not a supported family yet; supported: {supported}"
+    )
+
+
+def _shape(path: str, module: nn.Module, config: object, layers: int) -> AttentionShape:
+    if not getattr(module, "is_causal", True) or getattr(module, "is_cross_attention", False):
+        raise UnsupportedModelError(f"{path} is not causal self-attention, and only that is supported for this family")
+    if getattr(module, "layer_idx", None) is None:
+        raise UnsupportedModelError(f"{path} has no layer_idx, which caches need: build the model from its config class")
+    if "forward" in module.__dict__ and not hasattr(module, "_hf_hook"):
+        raise UnsupportedModelError(
+            f"the forward of {path} was replaced on the instance (by another library?): apply surgery before that patch"
+        )
+    heads = config.num_attention_heads
+    return AttentionShape(
+        heads=heads,
+        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=getattr(module, "head_dim", None) or module.head_size,
+        hidden_size=config.hidden_size,
+        layer=module.layer_idx,
+        layers=layers,
+        sliding_window=getattr(module, "sliding_window", getattr(config, "sliding_window", None)),
+        softcap=getattr(module, "attn_logit_softcapping", None),
+    )
+
+
+__all__ = ["IMPLEMENTATION", "MODEL_TYPE_PREFIX", "base_model_type", "find_model", "find_sites"]

@@ -1,0 +1,82 @@
+"""Tiny models with the true features of each family, weighted so that attention matters to the logits."""
+
+from __future__ import annotations
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    Olmo2Config,
+    OPTConfig,
+    Phi3Config,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+VOCAB = 97
+SHAPE = dict(
+    vocab_size=VOCAB,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    max_position_embeddings=512,
+    initializer_range=0.4,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
+GQA = dict(SHAPE, num_key_value_heads=2)
+
+CONFIGS: dict[str, PreTrainedConfig] = {
+    "llama": LlamaConfig(**GQA, head_dim=8),
+    "mistral": MistralConfig(**GQA, head_dim=8, sliding_window=24),
+    "qwen2": Qwen2Config(**GQA, use_sliding_window=True, sliding_window=24, max_window_layers=1),
+    "qwen3": Qwen3Config(**GQA, head_dim=12),
+    "gemma2": Gemma2Config(**GQA, head_dim=8, sliding_window=24, attn_logit_softcapping=5.0, query_pre_attn_scalar=16),
+    "gemma3": Gemma3TextConfig(
+        **GQA,
+        head_dim=8,
+        sliding_window=24,
+        query_pre_attn_scalar=16,
+        layer_types=["sliding_attention", "sliding_attention", "full_attention"],
+    ),
+    "phi3": Phi3Config(**GQA, sliding_window=24),
+    "gpt_neox": GPTNeoXConfig(**SHAPE, rotary_pct=0.5),
+    "gpt2": GPT2Config(
+        vocab_size=VOCAB, n_embd=32, n_layer=3, n_head=4, n_positions=512, initializer_range=0.4, bos_token_id=1, eos_token_id=2,
+        pad_token_id=0, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, scale_attn_by_inverse_layer_idx=True,
+    ),
+    "olmo2": Olmo2Config(**GQA),
+    "opt": OPTConfig(
+        vocab_size=VOCAB, hidden_size=32, ffn_dim=48, num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=512,
+        init_std=0.4, word_embed_proj_dim=32, pad_token_id=0, bos_token_id=1, eos_token_id=2, dropout=0.0,
+    ),
+    "mixtral": MixtralConfig(**GQA, head_dim=8, num_local_experts=4, num_experts_per_tok=2, sliding_window=24),
+}  # fmt: skip
+FAMILIES = list(CONFIGS)
+
+
+def build(family: str, seed: int = 0, **changes) -> PreTrainedModel:
+    """A fresh fp32 softmax model of one family, in eval mode."""
+    torch.manual_seed(seed)
+    config = type(CONFIGS[family])(**{**CONFIGS[family].to_dict(), **changes})
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def tokens(batch: int, length: int, seed: int = 0) -> torch.Tensor:
+    """[batch, length] random ids that are no special tokens."""
+    return torch.randint(3, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """Largest difference over largest magnitude."""
+    return ((actual - expected).abs().max() / expected.abs().max().clamp_min(1e-9)).item()
