@@ -21,7 +21,12 @@ from transformers import (
     Qwen3Config,
 )
 
+import surgery
+from surgery.cache import RecurrentLayer
+from surgery.patchers.interface import converted_layers
+
 VOCAB = 97
+RECURRENT_STATES = {"S", "z"}
 SHAPE = dict(
     vocab_size=VOCAB,
     hidden_size=32,
@@ -69,7 +74,9 @@ def build(family: str, seed: int = 0, **changes) -> PreTrainedModel:
     """A fresh fp32 softmax model of one family, in eval mode."""
     torch.manual_seed(seed)
     config = type(CONFIGS[family])(**{**CONFIGS[family].to_dict(), **changes})
-    return AutoModelForCausalLM.from_config(config).eval()
+    model = AutoModelForCausalLM.from_config(config).eval()
+    model.generation_config.eos_token_id = None  # so that every generation has the length it was asked for
+    return model
 
 
 def tokens(batch: int, length: int, seed: int = 0) -> torch.Tensor:
@@ -80,3 +87,56 @@ def tokens(batch: int, length: int, seed: int = 0) -> torch.Tensor:
 def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """Largest difference over largest magnitude."""
     return ((actual - expected).abs().max() / expected.abs().max().clamp_min(1e-9)).item()
+
+
+def convert(model: PreTrainedModel, recipe: str, *, window: int, **kwargs) -> PreTrainedModel:
+    """Convert with a window small enough for short tests; recipes without a window are left as they are."""
+    loaded = surgery.load_recipe(recipe)
+    if loaded.mixer.window is not None:
+        loaded = loaded.override({"mixer.window.size": window})
+    torch.manual_seed(0)
+    return surgery.apply(model, loaded, **kwargs)
+
+
+def attentions(model: torch.nn.Module) -> list[torch.nn.Module]:
+    return list(converted_layers(model).values())
+
+
+def pad(rows: list[torch.Tensor], side: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows [1, t] to one batch [B, T] and its mask."""
+    longest = max(row.shape[1] for row in rows)
+    ids = torch.zeros(len(rows), longest, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for index, row in enumerate(rows):
+        where = slice(longest - row.shape[1], None) if side == "left" else slice(0, row.shape[1])
+        ids[index, where], mask[index, where] = row[0], 1
+    return ids, mask
+
+
+def empty_recurrence(cache) -> None:
+    """Zero what the recurrences carry and leave the windows alone."""
+    layers = [layer for layer in cache.layers if isinstance(layer, RecurrentLayer)]
+    assert layers
+    for layer in layers:
+        carried = [tensor for name, tensor in layer.state.items() if name in RECURRENT_STATES]
+        assert carried and any(tensor.abs().sum() > 0 for tensor in carried)
+        for tensor in carried:
+            tensor.zero_()
+
+
+def raw_keys(attention: torch.nn.Module, output: torch.Tensor) -> torch.Tensor:
+    """[B, T, H_kv·D], taken from a projection's output by hand, for each way in which families fuse."""
+    shape = attention.surgery_shape
+    match attention.surgery_family.k:
+        case "k_proj":
+            return output
+        case "qkv_proj":
+            start = shape.heads * shape.head_dim
+            return output[..., start : start + shape.kv_heads * shape.head_dim]
+        case "query_key_value":
+            heads = output.view(*output.shape[:-1], shape.heads, 3, shape.head_dim)
+            return heads[..., 1, :].flatten(2)
+        case "c_attn":
+            width = output.shape[-1] // 3
+            return output[..., width : 2 * width]
+    raise AssertionError(attention.surgery_family)

@@ -1,0 +1,221 @@
+"""The command line: surgery recipes | inspect | generate | doctor.
+
+Nothing heavy is imported before a command needs it, so that `surgery --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from .errors import SurgeryError
+
+if TYPE_CHECKING:
+    from .recipe import Recipe
+
+
+class _Commands(typer.core.TyperGroup):
+    """Says our own errors in one clean message, without a traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except SurgeryError as error:
+            Console(stderr=True, soft_wrap=True, highlight=False).print(str(error), style="red", markup=False)
+            raise typer.Exit(2) from None
+
+
+app = typer.Typer(cls=_Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+RecipeOption = Annotated[str | None, typer.Option("--recipe", "-r", help="A shipped name or the path of a YAML file.")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", "-s", metavar="KEY=VALUE", help="Change one value: mixer.window.size=32")
+]
+ModelOption = Annotated[str, typer.Option("--model", "-m", help="A local folder or a name on the Hugging Face hub.")]
+
+
+def _console() -> Console:
+    """For people at a terminal; plain, unwrapped text for everything else."""
+    return Console() if sys.stdout.isatty() else Console(width=240, highlight=False, color_system=None)
+
+
+def _show(table: Table) -> None:
+    console = _console()
+    if not console.is_terminal:
+        table.box = None
+    console.print(table)
+
+
+def _read_recipe(name: str, changes: list[str] | None) -> Recipe:
+    from .recipe import load_recipe
+    from .validation import parse_yaml
+
+    values = {}
+    for change in changes or []:
+        key, equals, text = change.partition("=")
+        if not equals:
+            raise SurgeryError(f"--set {change}: expected KEY=VALUE, as in --set mixer.window.size=32")
+        values[key.strip()] = parse_yaml(text, f"--set {key}").data
+    recipe = load_recipe(name)
+    return recipe.override(values) if values else recipe
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from . import __version__
+
+        typer.echo(f"surgery {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def surgery(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Swap the softmax attention of pretrained models for linear recurrences."""
+
+
+@app.command()
+def recipes(name: Annotated[str | None, typer.Argument(help="Show this one in full.")] = None) -> None:
+    """List the recipes that come with this package, or show one."""
+    from .recipe import list_recipes, load_recipe, recipe_path
+
+    if name is None:
+        table = Table("recipe", "what it is")
+        for known in list_recipes():
+            table.add_row(known, load_recipe(known).description)
+        _show(table)
+        return
+    path = recipe_path(name)
+    load_recipe(path)
+    console, text = _console(), path.read_text(encoding="utf-8")
+    if console.is_terminal:
+        from rich.syntax import Syntax
+
+        console.print(Syntax(text, "yaml", background_color="default", word_wrap=True))
+    else:
+        typer.echo(text, nl=False)
+
+
+@app.command()
+def inspect(
+    model: ModelOption,
+    recipe: Annotated[str, typer.Option("--recipe", "-r", help="A shipped name or the path of a YAML file.")],
+    set_: SetOption = None,
+    layers: Annotated[str | None, typer.Option(help="Layers to convert, as in 0,1,-1; all by default.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Show what a recipe would do to a model. Only its config is read: no weights are loaded or downloaded."""
+    chosen = _read_recipe(recipe, set_)
+    indices = _read_layers(layers)
+    report = _inspect(model, chosen, indices)
+    if as_json:
+        typer.echo(json.dumps(report.to_dict(), indent=2))
+    else:
+        _show(report.table())
+
+
+def _read_layers(text: str | None) -> list[int] | None:
+    try:
+        return None if text is None else [int(part) for part in text.split(",")]
+    except ValueError:
+        raise SurgeryError(f"--layers {text}: expected numbers separated by commas, as in --layers 0,1,-1") from None
+
+
+def _inspect(name: str, recipe: Recipe, layers: list[int] | None) -> Any:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    import surgery
+
+    with _loading("model", name):
+        config = AutoConfig.from_pretrained(name)
+    with torch.device("meta"):
+        return surgery.inspect(AutoModelForCausalLM.from_config(config), recipe, layers=layers)
+
+
+@contextmanager
+def _loading(what: str, name: str) -> Iterator[None]:
+    """Says in one line what transformers says in many."""
+    try:
+        yield
+    except SurgeryError:
+        raise
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise SurgeryError(f"cannot load a {what} from {name!r}: {reason}") from None
+
+
+@app.command()
+def generate(
+    model: ModelOption,
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="The text to continue.")],
+    recipe: RecipeOption = None,
+    set_: SetOption = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    temperature: Annotated[float, typer.Option(min=0, help="0 always takes the likeliest token.")] = 0.0,
+    top_p: Annotated[
+        float, typer.Option(min=0, max=1, help="Sample from the likeliest tokens of this total mass.")
+    ] = 1.0,
+    seed: int = 0,
+    device: Annotated[str | None, typer.Option(help="cuda if there is one, by default.")] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+) -> None:
+    """Continue a text with a converted model, or with one that --recipe converts while it is loaded."""
+    import torch
+    from transformers import AutoTokenizer, TextStreamer, set_seed
+
+    import surgery
+
+    chosen = None if recipe is None else _read_recipe(recipe, set_)
+    if recipe is None and set_:
+        raise SurgeryError("--set changes a recipe: name it with --recipe")
+    with _loading("tokenizer", model):
+        tokenizer = AutoTokenizer.from_pretrained(model)
+    with _loading("model", model):
+        network = surgery.from_pretrained(model, recipe=chosen, dtype=dtype)
+    network.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+    set_seed(seed)
+    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(network.device)
+    network.generate(**inputs, **sampling, max_new_tokens=max_new_tokens, streamer=TextStreamer(tokenizer))
+
+
+@app.command()
+def doctor() -> None:
+    """Show versions and hardware, then compare every kernel with its reference on this machine."""
+    from .doctor import check_kernels, environment
+
+    versions = Table("what", "version")
+    for what, version in environment().items():
+        versions.add_row(what, version)
+    _show(versions)
+    kernels, wrong = Table("op", "backend", "device", "dtype", "error", "allowed", "verdict"), 0
+    for check in check_kernels():
+        wrong += not check.right
+        verdict = "right" if check.right else f"WRONG{': ' + check.note if check.note else ''}"
+        error = "–" if check.error is None else f"{check.error:.1e}"
+        kernels.add_row(check.op, check.backend, check.device, check.dtype, error, f"{check.allowed:.0e}", verdict)
+    if kernels.row_count:
+        _show(kernels)
+    typer.echo(f"{kernels.row_count - wrong} of {kernels.row_count} kernel checks right")
+    if wrong:
+        raise typer.Exit(1)
+
+
+def main() -> None:
+    """The console script."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,32 @@
+"""Tensors in, tensors out: the operations mixers are made of, each with several implementations behind one name."""
+
+from . import chunked, examples, features, reference
+from .dispatch import BACKENDS, Op, backend
+from .specs import Features, Joint, LogMass, State, Window
+from .state import linear_state, window_state
+
+linear_attention = Op(reference.linear_attention, chunked.linear_attention, examples.linear)
+gated_linear_attention = Op(reference.gated_linear_attention, chunked.gated_linear_attention, examples.gated)
+window_attention = Op(reference.window_attention, chunked.window_attention, examples.window)
+hybrid_attention = Op(reference.hybrid_attention, chunked.hybrid_attention, examples.hybrid)
+
+OPS = {op.name: op for op in (linear_attention, gated_linear_attention, window_attention, hybrid_attention)}
+
+__all__ = [
+    "BACKENDS",
+    "OPS",
+    "Features",
+    "Joint",
+    "LogMass",
+    "Op",
+    "State",
+    "Window",
+    "backend",
+    "features",
+    "gated_linear_attention",
+    "hybrid_attention",
+    "linear_attention",
+    "linear_state",
+    "window_attention",
+    "window_state",
+]

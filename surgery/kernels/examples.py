@@ -1,0 +1,46 @@
+"""Small calls of every operation, for checks on the user's machine."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .specs import Features, Joint, Window
+
+BATCH, TOKENS, HEADS, KV_HEADS, DIM = 2, 150, 4, 2, 32
+Arguments = dict[str, Any]
+
+
+def _qkv(device: torch.device | str, dtype: torch.dtype) -> tuple[Arguments, Tensor, torch.Generator]:
+    """q, k, v, a positive map weight, and the generator to draw more from; drawn on the CPU, hence equal everywhere."""
+    generator = torch.Generator().manual_seed(0)
+    heads = {"q": HEADS, "k": KV_HEADS, "v": KV_HEADS}
+    draws = {name: torch.randn(BATCH, TOKENS, n, DIM, generator=generator) for name, n in heads.items()}
+    weight = torch.randn(HEADS, DIM, DIM, generator=generator) * DIM**-0.5
+    common = {name: x.to(device, dtype) for name, x in draws.items()} | {"return_state": True}
+    return common, weight.to(device), generator
+
+
+def linear(device: torch.device | str, dtype: torch.dtype) -> Arguments:
+    common, weight, _ = _qkv(device, dtype)
+    maps = {"features_q": Features("hedgehog", weight), "features_k": Features("hedgehog", weight[:KV_HEADS])}
+    return common | maps
+
+
+def gated(device: torch.device | str, dtype: torch.dtype) -> Arguments:
+    common, _, generator = _qkv(device, dtype)
+    logits = torch.randn(BATCH, TOKENS, KV_HEADS, DIM, generator=generator).to(device, dtype)
+    gate = torch.nn.functional.logsigmoid(logits) / 16
+    return common | {"log_gate": gate, "features_q": Features("softmax"), "features_k": Features("softmax")}
+
+
+def window(device: torch.device | str, dtype: torch.dtype) -> Arguments:
+    common, _, _ = _qkv(device, dtype)
+    return common | {"window": Window(16, "sliding", sinks=2), "scaling": DIM**-0.5}
+
+
+def hybrid(device: torch.device | str, dtype: torch.dtype) -> Arguments:
+    mix = {"mix": Joint(torch.full((HEADS,), 0.1, device=device)), "window": Window(16, "terraced", sinks=2)}
+    return linear(device, dtype) | mix | {"scaling": DIM**-0.5}

@@ -1,0 +1,8 @@
+"""The operations as their equations read, one token after the other."""
+
+from .gated import gated_linear_attention
+from .hybrid import hybrid_attention
+from .linear import linear_attention
+from .window import window_attention
+
+__all__ = ["gated_linear_attention", "hybrid_attention", "linear_attention", "window_attention"]

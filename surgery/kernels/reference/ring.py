@@ -1,0 +1,82 @@
+"""The exact keys one row remembers."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..specs import State, Window
+
+
+class Key(NamedTuple):
+    """One token: k and v [H_kv, D], and what the linear branch sees in place of k."""
+
+    k: Tensor
+    v: Tensor
+    linear_k: Tensor
+
+
+class Ring:
+    """The sinks and the last R keys of one document."""
+
+    def __init__(self, window: Window) -> None:
+        self.window, self.seen = window, 0
+        self.sinks: list[Key] = []
+        self.last: list[Key] = []
+
+    @classmethod
+    def restore(cls, window: Window, state: State, row: int) -> Ring:
+        """From the state of a batch."""
+        ring = cls(window)
+        ring.seen = int(state["seen"][row])
+        k, v = state["ring_k"][row], state["ring_v"][row]
+        linear_k = state.get("ring_linear_k", state["ring_k"])[row]
+        ring.last = [
+            Key(k[i], v[i], linear_k[i]) for i in range(window.ring - min(ring.seen, window.ring), window.ring)
+        ]
+        for i in range(min(ring.seen, window.sinks)):
+            # a sink is never linear: its last field is not used
+            ring.sinks.append(Key(state["sink_k"][row, i], state["sink_v"][row, i], state["sink_k"][row, i]))
+        return ring
+
+    def split(self, key: Key) -> tuple[list[Key], list[Key]]:
+        """What the query at `key`, not yet pushed, attends to exactly, and linearly as far as it is kept here."""
+        size, rank = self.window.size, self.seen
+        exact, linear = list(self.sinks), list[Key]()
+        for j, kept in enumerate([*self.last, key], rank - len(self.last)):
+            if j < len(self.sinks):
+                continue  # already there
+            near = rank - j < size if self.window.layout == "sliding" else j // size >= rank // size - 1
+            (exact if near or j < self.window.sinks else linear).append(kept)
+        return exact, linear
+
+    def push(self, key: Key) -> Key | None:
+        """Add a key; returns the one that thereby leaves for the linear state, if any."""
+        if self.seen < self.window.sinks:
+            self.sinks.append(key)
+        self.last.append(key)
+        self.seen += 1
+        if len(self.last) <= self.window.ring:
+            return None
+        leaving, rank = self.last.pop(0), self.seen - 1 - self.window.ring
+        return leaving if rank >= self.window.sinks else None
+
+    def state(self, like: Key, linear_k: bool = False) -> State:
+        """The tensors [R or s, H_kv, D], zeros where there is nothing. like: any key, for its shapes."""
+        blank = Key(*(torch.zeros_like(x) for x in like))
+        last = [blank] * (self.window.ring - len(self.last)) + self.last
+        sinks = self.sinks + [blank] * (self.window.sinks - len(self.sinks))
+        state = {"ring_k": torch.stack([x.k for x in last]), "ring_v": torch.stack([x.v for x in last])}
+        if linear_k:
+            state["ring_linear_k"] = torch.stack([x.linear_k for x in last])
+        if sinks:
+            state |= {"sink_k": torch.stack([x.k for x in sinks]), "sink_v": torch.stack([x.v for x in sinks])}
+        return state | {"seen": torch.tensor(self.seen, device=like.k.device)}
+
+
+def batch_state(states: list[State], dtype: torch.dtype) -> State:
+    """The states of all rows as one, kept keys and values in `dtype`."""
+    stacked = {name: torch.stack([state[name] for state in states]) for name in states[0]}
+    return {name: x.to(dtype) if name.startswith(("ring", "sink")) else x for name, x in stacked.items()}

@@ -1,0 +1,47 @@
+"""The states of the operations before any token."""
+
+from __future__ import annotations
+
+import torch
+
+from .specs import State, Window
+
+
+def linear_state(
+    batch: int,
+    heads: int,
+    features: int,
+    head_dim: int,
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    normalized: bool = True,
+) -> State:
+    """S [B, H_s, F, D] and, for operations with a normaliser, z [B, H_s, F]; fp32 (fp64 when `dtype` is)."""
+    dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    state = {"S": torch.zeros(batch, heads, features, head_dim, device=device, dtype=dtype)}
+    if normalized:
+        state["z"] = torch.zeros(batch, heads, features, device=device, dtype=dtype)
+    return state
+
+
+def window_state(
+    batch: int,
+    window: Window,
+    heads: int,
+    head_dim: int,
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    linear_k: bool = False,
+) -> State:
+    """The ring and the sinks [B, R or s, H_kv, D] in `dtype`, and `seen` [B]."""
+    sizes = {"ring_k": window.ring, "ring_v": window.ring}
+    if linear_k:
+        sizes["ring_linear_k"] = window.ring
+    if window.sinks:
+        sizes |= {"sink_k": window.sinks, "sink_v": window.sinks}
+    state = {
+        name: torch.zeros(batch, size, heads, head_dim, device=device, dtype=dtype) for name, size in sizes.items()
+    }
+    return state | {"seen": torch.zeros(batch, device=device, dtype=torch.int64)}

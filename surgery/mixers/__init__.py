@@ -1,0 +1,13 @@
+"""How tokens mix: one file per mathematical family. Adding one is a file and a line here."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from .base import AttentionContext, AttentionShape, Config, Mixer, State
+from .gla import GLAConfig
+from .linear import LinearConfig
+
+MixerConfig = Annotated[LinearConfig | GLAConfig, Field(discriminator="kind")]
+
+__all__ = ["AttentionContext", "AttentionShape", "Config", "GLAConfig", "LinearConfig", "Mixer", "MixerConfig", "State"]

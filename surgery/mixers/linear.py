@@ -1,0 +1,158 @@
+"""`linear`: normalised linear attention, alone or with an exact softmax window (Hedgehog, T2R, LoLCATs)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import model_validator
+from torch import Tensor
+
+from .. import kernels
+from .base import AttentionContext, AttentionShape, Config, Mixer, State
+from .feature_maps import FeatureMapConfig, FixedConfig, HedgehogConfig
+from .mixes import JointMix, LogMassMix, MixConfig
+from .windows import WindowConfig, describe_window, window_branch
+
+
+def check_state(state: str, feature_map: FixedConfig) -> None:
+    """Refuse a state per query head that would be the same for every head of a group."""
+    if state == "head" and not feature_map.per_head:
+        raise ValueError(
+            f"state: head keeps a state for every query head, but feature map {feature_map.kind} is the same for all "
+            "of them, so the states of a group would be copies: use state: kv_head"
+        )
+
+
+class LinearConfig(Config):
+    """S += φ(k)ᵀv, z += φ(k), y = φ(q)S / φ(q)·z, with a softmax window if asked for.
+
+    state: one map of the keys and one state per key/value head, or per query head, as LoLCATs has it.
+    rope: what the linear branch sees: queries and keys as the softmax sees them, or before norms and rotation.
+    mix: how a window joins. joint, logmass: one normaliser, the linear branch has the keys beyond the window.
+        average: two complete branches, the linear one over the whole history.
+    """
+
+    kind: Literal["linear"] = "linear"
+    feature_map: FeatureMapConfig = HedgehogConfig()
+    state: Literal["kv_head", "head"] = "kv_head"
+    rope: Literal["rotated", "raw"] = "rotated"
+    window: WindowConfig | None = None
+    mix: MixConfig | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> LinearConfig:
+        if self.window is None and self.mix is not None:
+            raise ValueError(
+                f"mix {self.mix.kind} joins a window to the linear branch, but there is no window: add one"
+            )
+        if self.window is not None and self.mix is None:
+            raise ValueError("a window needs a mix that joins it to the linear branch: joint, logmass or average")
+        check_state(self.state, self.feature_map)
+        return self
+
+    def build(self, shape: AttentionShape) -> LinearMixer:
+        return (LinearMixer if self.rope == "rotated" else RawLinearMixer)(self, shape)
+
+
+class LinearMixer(Mixer):
+    """See `LinearConfig`. New parameters: those of `feature_map_q`, `feature_map_k` and `mix`."""
+
+    def __init__(self, config: LinearConfig, shape: AttentionShape) -> None:
+        super().__init__(shape)
+        self.config = config
+        per_head = config.state == "head"
+        self.state_heads = shape.heads if per_head else shape.kv_heads
+        build = config.feature_map.build
+        # queries start with the weights of the key head they read
+        copies = shape.heads // self.state_heads
+        self.feature_map_q = build(shape.heads, shape.head_dim, copies=copies, seed=shape.layer)
+        self.feature_map_k = build(self.state_heads, shape.head_dim, seed=shape.layer)
+        self.window = None if config.window is None else config.window.build(shape)
+        self.mix = None if config.mix is None else config.mix.build(shape, self.state_heads, self.feature_map_k.mass)
+
+    def forward(
+        self, context: AttentionContext, state: State | None = None, return_state: bool = False
+    ) -> tuple[Tensor, State | None]:
+        if isinstance(self.mix, JointMix | LogMassMix):
+            return self._hybrid(context, state, return_state)
+        y, after = self._linear(context, state, return_state)
+        if self.window is None or self.mix is None:
+            return y, after
+        near, ring = window_branch(self.window, self.shape, context, state, return_state)
+        return self.mix(near, y), None if after is None or ring is None else after | ring
+
+    def linear_inputs(self, context: AttentionContext) -> tuple[Tensor | None, Tensor | None]:
+        """q and k of the linear branch; None: those of the softmax."""
+        return None, None
+
+    def _linear(
+        self, context: AttentionContext, state: State | None, return_state: bool
+    ) -> tuple[Tensor, State | None]:
+        q, k = self.linear_inputs(context)
+        return kernels.linear_attention(
+            context.q if q is None else q,
+            context.k if k is None else k,
+            context.v,
+            features_q=self.feature_map_q.features(),
+            features_k=self.feature_map_k.features(),
+            state=state,
+            lengths=context.lengths,
+            segments=context.segments,
+            return_state=return_state,
+        )
+
+    def _hybrid(
+        self, context: AttentionContext, state: State | None, return_state: bool
+    ) -> tuple[Tensor, State | None]:
+        assert self.window is not None
+        assert isinstance(self.mix, JointMix | LogMassMix)
+        q, k = self.linear_inputs(context)
+        return kernels.hybrid_attention(
+            context.q,
+            context.k,
+            context.v,
+            linear_q=q,
+            linear_k=k,
+            features_q=self.feature_map_q.features(),
+            features_k=self.feature_map_k.features(),
+            mix=self.mix(),
+            window=self.window,
+            scaling=context.scaling,
+            softcap=self.shape.softcap,
+            state=state,
+            lengths=context.lengths,
+            segments=context.segments,
+            return_state=return_state,
+        )
+
+    def init_state(self, batch: int, *, device: torch.device | str, dtype: torch.dtype) -> State:
+        shape, hybrid = self.shape, isinstance(self.mix, JointMix | LogMassMix)
+        size = self.feature_map_k.size
+        state = kernels.linear_state(batch, self.state_heads, size, shape.head_dim, device=device, dtype=dtype)
+        if self.window is None:
+            return state
+        return state | kernels.window_state(
+            batch,
+            self.window,
+            shape.kv_heads,
+            shape.head_dim,
+            device=device,
+            dtype=dtype,
+            linear_k=hybrid and bool(self.needs),
+        )
+
+    def describe(self) -> str:
+        parts = ["linear", self.config.feature_map.kind]
+        if self.window is not None and self.config.mix is not None:
+            parts += [describe_window(self.window), self.config.mix.kind]
+        return ", ".join(parts)
+
+
+class RawLinearMixer(LinearMixer):
+    """`linear` whose linear branch sees queries and keys before norms and rotation."""
+
+    needs = frozenset({"raw_q", "raw_k"})
+
+    def linear_inputs(self, context: AttentionContext) -> tuple[Tensor | None, Tensor | None]:
+        return context.raw_q, context.raw_k

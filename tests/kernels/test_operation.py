@@ -1,0 +1,176 @@
+"""Operations as software: dispatch, tracing, memory, gradients to the last digit, arbitrary shapes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_cases import FORMS, Call, Shape, difference
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+from surgery import kernels
+from surgery.kernels import dispatch
+from surgery.kernels.chunked.scan import scan
+
+TINY = Shape(9, heads=2, kv_heads=1, dim=2, batch=1)
+GRADCHECKED = [
+    "linear",
+    "gated-channel",
+    "gated-normalized",
+    "window-sinks",
+    "joint-terraced-sinks",
+    "logmass-per-head",
+]
+
+
+@pytest.mark.parametrize("form", GRADCHECKED)
+def test_gradcheck(form):
+    """Inputs, incoming state, feature weights, gates and the parameters of the mix."""
+    call = Call.of(form, TINY)
+    state = call.span(0, 5).run()[1]
+    leaves, structure = tree_flatten((call.span(5, 9).arguments, state))
+    floats = [i for i, x in enumerate(leaves) if isinstance(x, torch.Tensor) and x.is_floating_point()]
+
+    def run(*inputs):
+        filled = list(leaves)
+        for i, x in zip(floats, inputs, strict=True):
+            filled[i] = x
+        arguments, before = tree_unflatten(filled, structure)
+        y, after = call.op.chunked(**arguments, state=before, return_state=True)
+        return (y, *(x for x in after.values() if x.is_floating_point()))
+
+    inputs = [leaves[i].detach().clone().requires_grad_() for i in floats]
+    # rings and sinks are plain inputs too, so this is the gradient of a whole chain of calls
+    assert torch.autograd.gradcheck(run, inputs, fast_mode=True)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    form=st.sampled_from(sorted(FORMS)),
+    tokens=st.integers(1, 140),
+    kv_heads=st.integers(1, 3),
+    groups=st.integers(1, 4),
+    dim=st.integers(3, 9),
+    cut=st.integers(0, 140),
+    seed=st.integers(0, 100),
+)
+def test_any_shape(form, tokens, kv_heads, groups, dim, cut, seed):
+    call = Call.of(form, Shape(tokens, kv_heads * groups, kv_heads, dim, batch=1), seed=seed)
+    expected = call.run("reference")
+    assert difference(call.run(), expected) < 1e-9
+    if 0 < cut < tokens:
+        first, state = call.span(0, cut).run()
+        second, state = call.span(cut, tokens).run(state=state)
+        assert difference((torch.cat([first, second], 1), state), expected) < 1e-9
+
+
+class Largest(TorchDispatchMode):
+    """Records the most elements that any one tensor had."""
+
+    most = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        sizes = [x.numel() for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
+        self.most = max(self.most, *sizes, 0)
+        return result
+
+
+@pytest.mark.parametrize("form", ["linear", "gated-channel", "window-sinks", "joint-terraced-sinks", "logmass-sliding"])
+def test_memory_is_linear_in_length(form):
+    """Neither the largest tensor nor all that is kept for the backward pass grows faster than the length."""
+
+    def footprint(tokens):
+        saved = []
+        call = Call.of(form, Shape(tokens, 2, 1, 4, batch=1), torch.float32)
+        call.arguments["q"].requires_grad_()
+        segments = (torch.arange(tokens) // 300)[None]
+        with (
+            torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()) or x, lambda x: x),
+            Largest() as largest,
+        ):
+            y, _ = call.run(segments=segments)
+            y.sum().backward()
+        return largest.most, sum(saved)
+
+    (small, small_saved), (large, large_saved) = footprint(512), footprint(1024)
+    assert large <= 2.1 * small
+    assert large_saved <= 2.1 * small_saved
+    assert large < 1024 * 1024
+
+
+@pytest.mark.parametrize("form", ["linear", "gated-scalar", "window-terraced", "joint-sinks", "logmass-raw"])
+def test_traces_into_one_graph(form):
+    torch._dynamo.reset()
+    call = Call.of(form, Shape(100), torch.float32)
+    state = call.span(0, 30).run()[1]
+    lengths = torch.tensor([70, 20])
+    compiled = torch.compile(
+        lambda a, s, n: call.op(**a, state=s, lengths=n, return_state=True), fullgraph=True, backend="eager"
+    )
+    rest = call.span(30, 100)
+    assert difference(compiled(rest.arguments, state, lengths), rest.run(state=state, lengths=lengths)) < 1e-6
+    segments = (torch.arange(70) // 40).expand(2, -1)
+    compiled = torch.compile(lambda a, s: call.op(**a, segments=s), fullgraph=True, backend="eager")
+    assert difference(compiled(rest.arguments, segments)[0], rest.run(segments=segments)[0]) < 1e-6
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 7, 8, 13])
+def test_scan_is_the_recurrence(n):
+    generator = torch.Generator().manual_seed(n)
+    increments = torch.randn(2, n, 3, generator=generator, dtype=torch.float64)
+    decay = torch.rand(2, n, 1, generator=generator, dtype=torch.float64)
+    state, expected, plain = torch.zeros(2, 3), [], increments.cumsum(1)
+    for i in range(n):
+        state = decay[:, i] * state + increments[:, i]
+        expected.append(state)
+    assert torch.allclose(scan(increments, decay), torch.stack(expected, 1))
+    assert torch.equal(scan(increments), plain)
+
+
+@pytest.mark.parametrize("name", kernels.OPS)
+def test_examples_agree(name):
+    op = kernels.OPS[name]
+    arguments = op.example(device="cpu", dtype=torch.float32)
+    assert difference(op.chunked(**arguments), op.reference(**arguments)) < 1e-5
+    assert op.__doc__
+    assert op.name == name
+
+
+def chosen(monkeypatch) -> list[str]:
+    """Names of the implementations that ran."""
+    ran: list[str] = []
+    op = kernels.linear_attention
+    for name in ("reference", "chunked"):
+        run = getattr(op, name)
+        monkeypatch.setattr(op, name, lambda *a, _run=run, _name=name, **k: ran.append(_name) or _run(*a, **k))
+    return ran
+
+
+def test_backend_can_be_chosen(monkeypatch):
+    ran, arguments = chosen(monkeypatch), Call.of("linear", TINY).arguments
+    kernels.linear_attention(**arguments)
+    with kernels.backend("reference"):
+        kernels.linear_attention(**arguments)
+        with kernels.backend("chunked"):
+            kernels.linear_attention(**arguments)
+        kernels.linear_attention(**arguments)
+    kernels.linear_attention(**arguments)
+    assert ran == ["chunked", "reference", "chunked", "reference", "chunked"]
+
+
+def test_backend_of_the_environment(monkeypatch):
+    ran, arguments = chosen(monkeypatch), Call.of("linear", TINY).arguments
+    monkeypatch.setattr(dispatch, "_forced", "reference")
+    kernels.linear_attention(**arguments)
+    assert ran == ["reference"]
+    monkeypatch.setattr(dispatch, "_forced", "fast")
+    with pytest.raises(ValueError, match="no backend 'fast': SURGERY_BACKEND .* take reference or chunked"):
+        kernels.linear_attention(**arguments)
+
+
+def test_unknown_backend():
+    with pytest.raises(ValueError, match="no backend 'refrence'"), kernels.backend("refrence"):
+        pass
