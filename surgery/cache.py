@@ -174,7 +174,9 @@ class RecurrentLayer(CacheLayerMixin):
         """
         drop = abs(int(tokens_to_remove))  # generate may count on the device
         if tokens_to_remove > 0:
-            raise SurgeryError(f"crop takes the number of tokens to remove as a negative number, not {tokens_to_remove}")
+            raise SurgeryError(
+                f"crop takes the number of tokens to remove as a negative number, not {tokens_to_remove}"
+            )
         if drop > sum(chunk.length for _, chunk in self.history):
             raise SurgeryError(
                 f"cannot take back {drop} tokens: a recurrent state only goes back over tokens recorded since the last "

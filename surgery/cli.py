@@ -76,7 +76,7 @@ def _version(wanted: bool) -> None:
 
 
 @app.callback()
-def surgery(
+def _options(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,

@@ -31,8 +31,8 @@ MIXER_KEYS = r"\.mixer\."
 class SurgicalConfig:
     """Mixin of generated config classes; `surgery` holds {"format", "recipe", "layers"}."""
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
+    def __post_init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__post_init__(*args, **kwargs)
         register_models(type(self))
 
     def __reduce_ex__(self, protocol: int) -> tuple:
@@ -49,7 +49,9 @@ class SurgicalModel:
         from .operate import install
 
         settings = read_settings(config)
-        if config._attn_implementation == IMPLEMENTATION:  # a live model's config: the softmax layers' own choice is asked
+        if (
+            config._attn_implementation == IMPLEMENTATION
+        ):  # a live model's config: the softmax layers' own choice is asked
             config = copy.copy(config)
             config._attn_implementation_internal = None
         super().__init__(config, *args, **kwargs)
@@ -77,9 +79,12 @@ class SurgicalModel:
             self.push_to_hub(kwargs.get("repo_id") or target.name)
         return None
 
-    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict, *args: Any, **kwargs: Any) -> Any:
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict, *args: Any, **kwargs: Any
+    ) -> Any:
         result = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        cache = model_kwargs.get("past_key_values")
+        # transformers renamed the argument in 5.24
+        cache = model_kwargs.get("cache", model_kwargs.get("past_key_values"))
         if cache is not None and self.surgery.switch.mode == "student":
             for module in converted_layers(self).values():
                 layer = recurrent_layer(cache, module.layer_idx)
@@ -175,7 +180,8 @@ def convert_classes(model: PreTrainedModel, recipe: Recipe, layers: tuple[int, .
     if not isinstance(model.config, SurgicalConfig):
         model.config.__class__ = config_class(type(model.config))
     register_models(type(model.config))
-    model.config.surgery = {"format": FORMAT, "recipe": recipe.to_dict(), "layers": list(layers)}
+    known = getattr(model.config, "surgery", {})  # a loaded one also has the digest of the base weights
+    model.config.surgery = {**known, "format": FORMAT, "recipe": recipe.to_dict(), "layers": list(layers)}
     if not isinstance(model, SurgicalModel):
         model.__class__ = model_class(type(model))
         keep = set(model._keep_in_fp32_modules_strict or ())
@@ -209,7 +215,9 @@ def read_settings(config: Any) -> dict[str, Any]:
     return settings
 
 
-def from_pretrained(name: str | os.PathLike, recipe: Any = None, *, layers: Any = None, **kwargs: Any) -> PreTrainedModel:
+def from_pretrained(
+    name: str | os.PathLike, recipe: Any = None, *, layers: Any = None, **kwargs: Any
+) -> PreTrainedModel:
     """Load a checkpoint as a converted causal language model.
 
     With `recipe`, a softmax checkpoint is converted while it is read: the model is built with its mixers from the start and
@@ -299,5 +307,3 @@ def _umask() -> int:
     value = os.umask(0)
     os.umask(value)
     return value
-
-

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 
 import pytest
@@ -60,6 +61,9 @@ def test_state_carries_and_any_chunking_agrees(family, recipe):
     for sizes in ([17, 12, *[1] * 11], [1] * LENGTH, [3, 30, 7]):
         pieces, _ = feed(model, ids, sizes)
         assert zoo.relative(pieces, whole) <= TOLERANCE, sizes
+    double = copy.deepcopy(model).double()
+    pieces, _ = feed(double, ids, [17, 12, *[1] * 11])
+    assert zoo.relative(pieces, logits(double, ids)) <= 1e-12
 
     # a recurrence that carries nothing would pass the above: emptying its state must be felt
     _, cache = feed(model, ids[:, :30], [30])
@@ -124,9 +128,8 @@ def test_generation_modes_agree(family, recipe):
     sampling = {"do_sample": True, "num_return_sequences": 3}
     assert torch.equal(generate(prompt, **sampling), generate(prompt, **sampling, use_cache=False))
 
-    first = model.generate(prompt, max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
-    again = model.generate(first.sequences, past_key_values=first.past_key_values, max_new_tokens=4, do_sample=False)
-    assert torch.equal(again, greedy)
+    first = generate(prompt, max_new_tokens=4, return_dict_in_generate=True)
+    assert torch.equal(generate(first.sequences, past_key_values=first.past_key_values, max_new_tokens=4), greedy)
 
 
 @pytest.mark.parametrize("family", zoo.FAMILIES)
@@ -207,7 +210,7 @@ def test_raw_keys_are_the_projections_own_output(family):
     """In bf16, before norms and rotation, also once an adapter has wrapped the projection."""
     from peft import LoraConfig, inject_adapter_in_model
 
-    model = zoo.convert(zoo.build(family).to(torch.bfloat16), "llama/liger-gla", window=WINDOW)
+    model = zoo.convert(zoo.build(family, dtype=torch.bfloat16), "llama/liger-gla", window=WINDOW)
     attention = zoo.attentions(model)[1]
     for adapter in (False, True):
         if adapter:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 import surgery
 
-LORA = LoraConfig(r=4, target_modules="all-linear", exclude_modules=r".*mixer.*", init_lora_weights=False)
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "c_attn", "c_proj", "up_proj"]
+LORA = LoraConfig(r=4, target_modules=TARGETS, init_lora_weights=False)
 
 
 def padded() -> dict[str, Tensor]:

@@ -34,7 +34,7 @@ SHAPE = dict(
     num_hidden_layers=3,
     num_attention_heads=4,
     max_position_embeddings=512,
-    initializer_range=0.4,
+    initializer_range=0.3,
     pad_token_id=0,
     bos_token_id=1,
     eos_token_id=2,
@@ -57,24 +57,24 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "phi3": Phi3Config(**GQA, sliding_window=24),
     "gpt_neox": GPTNeoXConfig(**SHAPE, rotary_pct=0.5),
     "gpt2": GPT2Config(
-        vocab_size=VOCAB, n_embd=32, n_layer=3, n_head=4, n_positions=512, initializer_range=0.4, bos_token_id=1, eos_token_id=2,
+        vocab_size=VOCAB, n_embd=32, n_layer=3, n_head=4, n_positions=512, initializer_range=0.3, bos_token_id=1, eos_token_id=2,
         pad_token_id=0, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, scale_attn_by_inverse_layer_idx=True,
     ),
     "olmo2": Olmo2Config(**GQA),
     "opt": OPTConfig(
         vocab_size=VOCAB, hidden_size=32, ffn_dim=48, num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=512,
-        init_std=0.4, word_embed_proj_dim=32, pad_token_id=0, bos_token_id=1, eos_token_id=2, dropout=0.0,
+        init_std=0.3, word_embed_proj_dim=32, pad_token_id=0, bos_token_id=1, eos_token_id=2, dropout=0.0,
     ),
     "mixtral": MixtralConfig(**GQA, head_dim=8, num_local_experts=4, num_experts_per_tok=2, sliding_window=24),
 }  # fmt: skip
 FAMILIES = list(CONFIGS)
 
 
-def build(family: str, seed: int = 0, **changes) -> PreTrainedModel:
-    """A fresh fp32 softmax model of one family, in eval mode."""
+def build(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, **changes) -> PreTrainedModel:
+    """A fresh softmax model of one family, in eval mode."""
     torch.manual_seed(seed)
     config = type(CONFIGS[family])(**{**CONFIGS[family].to_dict(), **changes})
-    model = AutoModelForCausalLM.from_config(config).eval()
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype, experts_implementation="eager").eval()
     model.generation_config.eos_token_id = None  # so that every generation has the length it was asked for
     return model
 

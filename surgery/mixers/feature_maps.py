@@ -31,21 +31,19 @@ class FeatureMap(nn.Module):
         super().__init__()
         self.name, self.size, self.mass = name, size, mass
         self.initial_temperature = temperature
-        self.register_buffer("temperature", torch.empty((), dtype=torch.float32))
-        self.reset_parameters()
+        self.register_buffer("temperature", torch.full((), temperature, dtype=torch.float32))
 
     def reset_parameters(self) -> None:
         """The temperature the recipe asks for."""
         with torch.no_grad():
             self.temperature.fill_(self.initial_temperature)
 
-    def features(self) -> Features:
-        """What the operations need to apply this map."""
-        return Features(self.name, scale=1 / maps.precise(self.temperature))
+    def forward(self) -> Features:
+        """What an operation needs to apply this map, also `surgery.kernels.features.apply(feature_map(), x)`.
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, T, H, D] -> [B, T, H_f, F]; the operations apply maps themselves, this is for everybody else."""
-        return maps.apply(self.features(), x)
+        Parameters are touched in here alone, where the hooks of sharded and offloaded models provide them.
+        """
+        return Features(self.name, scale=1 / maps.precise(self.temperature))
 
     def fold_temperature(self) -> None:
         """Move the temperature into the weights: the same map at temperature one.
@@ -80,11 +78,11 @@ class LearnedFeatureMap(FeatureMap):
         seed: int = 0,
     ) -> None:
         """copies: neighbouring heads that start with the same weights. seed: which random weights, with `kaiming`."""
-        nn.Module.__init__(self)
+        super().__init__(name, size, mass, temperature)
         self.init, self.copies, self.seed = init, copies, seed
         self.weight = nn.Parameter(torch.empty(shape, dtype=torch.float32))
         self.bias = nn.Parameter(torch.empty(shape[0], shape[2], dtype=torch.float32)) if bias else None
-        super().__init__(name, size, mass, temperature)
+        self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """identity: W = I, so φ sees the head itself (its first F' channels, when there are fewer features).
@@ -106,7 +104,7 @@ class LearnedFeatureMap(FeatureMap):
             if self.bias is not None:
                 self.bias.zero_()
 
-    def features(self) -> Features:
+    def forward(self) -> Features:
         return Features(self.name, maps.precise(self.weight) / maps.precise(self.temperature), self.bias)
 
     def fold_temperature(self) -> None:
@@ -124,6 +122,8 @@ class FixedConfig(Config):
 
     per_head: ClassVar[bool] = False
     """Whether heads have maps of their own."""
+    positive: ClassVar[bool] = True
+    """Whether φ(q)·φ(k) is never negative."""
 
     def measure(self, width: int) -> tuple[int, float]:
         """Features and mass (see `FeatureMap`) for inputs of this width."""
@@ -219,6 +219,7 @@ class IdentityConfig(FixedConfig):
     """x itself: signed, so for recurrences without a normaliser."""
 
     kind: Literal["identity"] = "identity"
+    positive: ClassVar[bool] = False
 
     def measure(self, width: int) -> tuple[int, float]:
         return width, 1

@@ -48,6 +48,11 @@ class LinearConfig(Config):
             )
         if self.window is not None and self.mix is None:
             raise ValueError("a window needs a mix that joins it to the linear branch: joint, logmass or average")
+        if not self.feature_map.positive:
+            raise ValueError(
+                f"feature map {self.feature_map.kind} can be negative, and such weights have no sum to divide by: "
+                "use a positive one, such as hedgehog, or the mixer gla, which does not normalise"
+            )
         check_state(self.state, self.feature_map)
         return self
 
@@ -94,8 +99,8 @@ class LinearMixer(Mixer):
             context.q if q is None else q,
             context.k if k is None else k,
             context.v,
-            features_q=self.feature_map_q.features(),
-            features_k=self.feature_map_k.features(),
+            features_q=self.feature_map_q(),
+            features_k=self.feature_map_k(),
             state=state,
             lengths=context.lengths,
             segments=context.segments,
@@ -114,8 +119,8 @@ class LinearMixer(Mixer):
             context.v,
             linear_q=q,
             linear_k=k,
-            features_q=self.feature_map_q.features(),
-            features_k=self.feature_map_k.features(),
+            features_q=self.feature_map_q(),
+            features_k=self.feature_map_k(),
             mix=self.mix(),
             window=self.window,
             scaling=context.scaling,

@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ..kernels import Joint, LogMass
+from ..kernels.features import precise
 from .base import AttentionShape, Config
 
 
@@ -38,7 +39,7 @@ class JointMix(nn.Module):
 
     def forward(self) -> Joint:
         """What `hybrid_attention` needs."""
-        return Joint(self.window_factor.sigmoid())
+        return Joint(precise(self.window_factor).sigmoid())
 
     def extra_repr(self) -> str:
         return f"factor={self.factor:g}"

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import Cache
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
@@ -26,7 +27,8 @@ from .families import Family
 from .masks import padding_mask, read_documents, read_padding
 
 IMPLEMENTATION = "surgery"
-CACHE_ARGUMENTS = ("past_key_values", "layer_past")
+CACHE_ARGUMENTS = ("past_key_values", "layer_past", "cache")
+"""Names under which versions and families of transformers hand the cache to their attention."""
 
 TransferLoss = Callable[[Tensor, Tensor], Tensor]
 
@@ -83,16 +85,8 @@ class Surgical:
         switch: Switch = self.surgery_switch
         if switch.mode == "teacher":
             return super().forward(*args, **kwargs)
-        if "cache" in kwargs:
-            raise SurgeryError(
-                "continuous batching keeps paged keys and values, which a converted model does not have: "
-                "use model.generate, with a batch, instead"
-            )
         self._surgery_hook()
-        name = next((name for name in CACHE_ARGUMENTS if name in kwargs), None)
-        cache = None if name is None else kwargs[name]
-        if name is not None:
-            kwargs[name] = None
+        cache = _withhold_cache(kwargs)
         if switch.mode == "transfer":
             _refuse_continuation(cache)
             cache = None
@@ -166,6 +160,19 @@ def raw_projections(family: Family, needs: frozenset[str]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
+def _withhold_cache(kwargs: dict[str, Any]) -> Cache | None:
+    """Take the cache out of a call's arguments, so that the original forward leaves it alone."""
+    given = {name: kwargs[name] for name in CACHE_ARGUMENTS if name in kwargs}
+    kwargs.update(dict.fromkeys(given))
+    cache = next((cache for cache in given.values() if cache is not None), None)
+    if cache is not None and not isinstance(cache, Cache):
+        raise SurgeryError(
+            f"continuous batching keeps paged keys and values ({type(cache).__name__}), which a converted model does not "
+            "have: use model.generate, with a batch, instead"
+        )
+    return cache
+
+
 def _refuse_continuation(cache: Any) -> None:
     if cache is not None and int(cache.get_seq_length()):
         raise SurgeryError("transfer mode trains on whole sequences: call the model without a filled cache")
@@ -195,7 +202,9 @@ def surgery_attention(
         # positions jump at padding too; a padded batch is never packed
         context = AttentionContext(**{**vars(context), "segments": None})
     if module.surgery_switch.mode == "transfer":
-        return _transfer(module, (query, key, value, attention_mask), scaling, kwargs, Chunk(module.mixer, context, real))
+        return _transfer(
+            module, (query, key, value, attention_mask), scaling, kwargs, Chunk(module.mixer, context, real)
+        )
     if cache is not None:
         return cache.step(module.mixer, context, real), None
     return Chunk(module.mixer, context, real).run(None, return_state=False)[0], None

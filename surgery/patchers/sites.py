@@ -87,7 +87,9 @@ def _family(model: PreTrainedModel) -> Family:
         return family
     supported = ", ".join(sorted(FAMILIES))
     if not any("attention" in type(module).__name__.lower() for module in model.modules()):
-        raise UnsupportedModelError(f"{type(model).__name__} has no attention to convert; supported families: {supported}")
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no attention to convert; supported families: {supported}"
+        )
     if not getattr(model, "_supports_attention_backend", False):
         raise UnsupportedModelError(
             f"{type(model).__name__} ({model_type}) computes attention by itself instead of through transformers' "
@@ -102,7 +104,9 @@ def _shape(path: str, module: nn.Module, config: object, layers: int) -> Attenti
     if not getattr(module, "is_causal", True) or getattr(module, "is_cross_attention", False):
         raise UnsupportedModelError(f"{path} is not causal self-attention, and only that is supported for this family")
     if getattr(module, "layer_idx", None) is None:
-        raise UnsupportedModelError(f"{path} has no layer_idx, which caches need: build the model from its config class")
+        raise UnsupportedModelError(
+            f"{path} has no layer_idx, which caches need: build the model from its config class"
+        )
     if "forward" in module.__dict__ and not hasattr(module, "_hf_hook"):
         raise UnsupportedModelError(
             f"the forward of {path} was replaced on the instance (by another library?): apply surgery before that patch"

@@ -56,6 +56,12 @@ def test_positive_maps_stay_positive_at_extremes(name):
         assert (phi >= 0).all() or name == "taylor2"
 
 
+@pytest.mark.parametrize("name", ["hedgehog", "exp"])
+def test_floor(name):
+    """No feature underflows to zero, as in LoLCATs."""
+    assert features.apply(Features(name), X * 1e3).min() == features.FLOOR
+
+
 def test_low_precision_is_mapped_in_fp32():
     x = X.bfloat16()
     found = features.apply(Features("hedgehog", W[:2].bfloat16()), x)

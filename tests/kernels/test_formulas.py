@@ -71,6 +71,13 @@ def test_joint_is_lolcats_with_its_gradient(form, per_head):
     assert difference(*found) < 1e-10
 
 
+@pytest.mark.parametrize("form", [Window(270, sinks=1), Window(130, "terraced")], ids=["sliding", "terraced"])
+def test_windows_wider_than_a_tile(form):
+    arguments = hybrid(Draw(Shape(600, 2, 1, 4, batch=1)), form)
+    arguments.pop("softcap")
+    assert difference(kernels.hybrid_attention(**arguments)[0], lolcats(**arguments)) < 1e-10
+
+
 def test_the_maximum_of_joint_has_a_gradient():
     arguments = hybrid(Draw(SHAPE), Window(7))
     q = arguments["q"].requires_grad_()

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_cases import FORMS, Call, Shape, difference
+from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
@@ -117,17 +120,47 @@ def test_traces_into_one_graph(form):
     assert difference(compiled(rest.arguments, segments)[0], rest.run(segments=segments)[0]) < 1e-6
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_never_waits_for_the_device(form):
+    """Tensors without data can be neither read by the host nor mixed with tensors elsewhere."""
+    call = Call.of(form, Shape(100), torch.float32)
+    state = call.span(0, 30).run()[1]
+    rest = call.span(30, 100).arguments
+    extra = {"lengths": torch.tensor([70, 20]), "segments": torch.zeros(2, 70, dtype=torch.int64)}
+    leaves, structure = tree_flatten(rest | extra | {"state": state})
+    leaves = [x.to("meta") if isinstance(x, torch.Tensor) else x for x in leaves]
+    arguments = tree_unflatten(leaves, structure)
+    for missing in ({}, {"segments": None}, {"lengths": None}, {"state": None}):
+        y, after = call.op.chunked(**{**arguments, **missing}, return_state=True)
+        assert y.is_meta
+        assert y.shape == rest["q"].shape
+        assert all(x.is_meta for x in after.values())
+
+
+def test_lengths_share_a_graph():
+    """One for a single chunk, one for more: neither the length nor its remainder is asked for."""
+    torch._dynamo.reset()
+    op = kernels.linear_attention
+    compiled = torch.compile(lambda a: op(**a)[0], fullgraph=True, backend="eager")
+    before = counters["stats"]["unique_graphs"]
+    for tokens in (70, 128, 129, 200, 333):
+        arguments = Call.of("linear", Shape(tokens, batch=1), torch.float32).arguments
+        for name in ("q", "k", "v"):
+            torch._dynamo.mark_dynamic(arguments[name], 1)
+        assert difference(compiled(arguments), op(**arguments)[0]) < 1e-6
+    assert counters["stats"]["unique_graphs"] - before <= 2
+
+
 @pytest.mark.parametrize("n", [1, 2, 3, 7, 8, 13])
 def test_scan_is_the_recurrence(n):
     generator = torch.Generator().manual_seed(n)
-    increments = torch.randn(2, n, 3, generator=generator, dtype=torch.float64)
-    decay = torch.rand(2, n, 1, generator=generator, dtype=torch.float64)
-    state, expected, plain = torch.zeros(2, 3), [], increments.cumsum(1)
+    increments = torch.randn(n, 2, 3, generator=generator, dtype=torch.float64)
+    decay = torch.rand(n, 2, 1, generator=generator, dtype=torch.float64)
+    state, expected = torch.zeros(2, 3), []
     for i in range(n):
-        state = decay[:, i] * state + increments[:, i]
+        state = decay[i] * state + increments[i]
         expected.append(state)
-    assert torch.allclose(scan(increments, decay), torch.stack(expected, 1))
-    assert torch.equal(scan(increments), plain)
+    assert torch.allclose(scan(increments, decay), torch.stack(expected))
 
 
 @pytest.mark.parametrize("name", kernels.OPS)
@@ -162,11 +195,22 @@ def test_backend_can_be_chosen(monkeypatch):
 
 
 def test_backend_of_the_environment(monkeypatch):
+    """It is read when the package is imported: here in a second copy of the module."""
     ran, arguments = chosen(monkeypatch), Call.of("linear", TINY).arguments
-    monkeypatch.setattr(dispatch, "_forced", "reference")
+
+    def read(value):
+        monkeypatch.setenv("SURGERY_BACKEND", value)
+        spec = importlib.util.spec_from_file_location("fresh_dispatch", dispatch.__file__)
+        fresh = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(fresh)
+        monkeypatch.setattr(dispatch, "_forced", fresh._forced)
+
+    read("reference")
     kernels.linear_attention(**arguments)
-    assert ran == ["reference"]
-    monkeypatch.setattr(dispatch, "_forced", "fast")
+    read("")
+    kernels.linear_attention(**arguments)
+    assert ran == ["reference", "chunked"]
+    read("fast")
     with pytest.raises(ValueError, match="no backend 'fast': SURGERY_BACKEND .* take reference or chunked"):
         kernels.linear_attention(**arguments)
 

@@ -14,51 +14,53 @@ from torch.nn import functional
 
 from .. import features as maps
 from ..specs import Features, State
-from .linear import with_ones
+from .linear import own, with_ones
 from .scan import scan
+from .tiles import real
 
 ROWS = 64
 
 
 def chunk(x: Tensor, rows: int) -> Tensor:
-    """[B, T, H, ...] -> [B, N, H, rows, ...], zeros beyond T."""
-    x = functional.pad(x, (0, 0) * (x.ndim - 2) + (0, -x.shape[1] % rows))
-    return x.unflatten(1, (-1, rows)).transpose(2, 3)
+    """[B, T, H, ...] -> [N·B·H, rows, ...], zeros beyond T."""
+    count = (x.shape[1] + rows - 1) // rows
+    x = functional.pad(x, (0, 0) * (x.ndim - 2) + (0, count * rows - x.shape[1]))
+    return x.unflatten(1, (count, rows)).movedim((1, 3), (0, 2)).flatten(0, 2)
 
 
 def within(q: Tensor, k: Tensor, v: Tensor, log_gate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Everything that happens inside the chunks.
+    """Everything that happens inside M chunks.
 
-    q: [B, N, H, rows, G, F], the G queries that share a key; k: [B, N, H, rows, F]; v: [B, N, H, rows, D];
-    log_gate: [B, N, H, rows, F or 1]. Returns y: [B, N, H, rows, G, D] and, like log_gate, the log-decay from the
-    chunk's start to each token (included) and from each token (excluded) to the chunk's end.
+    q: [M, rows, G, F], the G queries that share a key; k: [M, rows, F]; v: [M, rows, D_v]; log_gate: [M, rows, F or 1].
+    Returns y: [M, rows, G, D_v] and, like log_gate, the log-decay from the chunk's start to each token (included) and
+    from each token (excluded) to the chunk's end.
     """
-    rows, size = k.shape[3], 1
-    y = (q * k.unsqueeze(4)).sum(-1, keepdim=True) * v.unsqueeze(4)
+    rows, size = k.shape[1], 1
+    y = (q * k.unsqueeze(2)).sum(-1, keepdim=True) * v.unsqueeze(2)
     since, until = log_gate, torch.zeros_like(log_gate)
     while size < rows:
-        q_late = halves(q, size)[1] * halves(since, size)[1].exp().unsqueeze(-2)
-        k_early = halves(k, size)[0] * halves(until, size)[0].exp()
-        weights = q_late.flatten(-3, -2) @ k_early.mT
+        since_early, since_late = halves(since, size)
+        until_early, until_late = halves(until, size)
+        q_late = halves(q, size)[1] * since_late.exp().unsqueeze(-2)
+        k_early = halves(k, size)[0] * until_early.exp()
+        weights = q_late.flatten(2, 3) @ k_early.mT
         y_early, y_late = halves(y, size)
-        y_late = y_late + (weights @ halves(v, size)[0]).unflatten(-2, (size, -1))
-        y = joined(y_early, y_late)
-        (since_early, since_late), (until_early, until_late) = halves(since, size), halves(until, size)
-        early, late = since_early[..., -1:, :], since_late[..., -1:, :]
-        since, until = joined(since_early, since_late + early), joined(until_early + late, until_late)
+        y = joined(y_early, y_late + (weights @ halves(v, size)[0]).unflatten(2, (size, -1)))
+        since = joined(since_early, since_late + since_early[:, :, -1:])
+        until = joined(until_early + since_late[:, :, -1:], until_late)
         size *= 2
     return y, since, until
 
 
 def halves(x: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """First and second halves of all blocks of 2·size rows: [B, N, H, rows, ...] -> blocks of size rows."""
-    x = x.unflatten(3, (-1, 2, size))
-    return x.select(4, 0), x.select(4, 1)
+    """First and second halves of all blocks of 2·size rows: [M, rows, ...] -> twice [M, rows / 2·size, size, ...]."""
+    x = x.unflatten(1, (x.shape[1] // (2 * size), 2, size))
+    return x[:, :, 0], x[:, :, 1]
 
 
 def joined(early: Tensor, late: Tensor) -> Tensor:
     """The inverse of `halves`."""
-    return torch.stack([early, late], 4).flatten(3, 5)
+    return torch.stack([early, late], 2).flatten(1, 3)
 
 
 def gated_linear_attention(
@@ -78,38 +80,45 @@ def gated_linear_attention(
     return_state: bool = False,
 ) -> tuple[Tensor, State | None]:
     """See the reference."""
-    tokens = q.shape[1]
+    batch, tokens = q.shape[:2]
+    q, k, v = real(lengths, q, k, v)
     phi_q, phi_k, values = maps.apply(features_q, q) * scale, maps.apply(features_k, k), maps.precise(v)
     gates = maps.precise(log_gate if log_gate.ndim == 4 else log_gate.unsqueeze(-1))
     if segments is not None:
         opens = functional.pad(segments[:, 1:] != segments[:, :-1], (1, 0))
         gates = gates.masked_fill(opens[:, :, None, None], float("-inf"))
-    if lengths is not None:
-        padding = (torch.arange(tokens, device=q.device) >= lengths[:, None])[:, :, None, None]
-        phi_k, gates = phi_k.masked_fill(padding, 0), gates.masked_fill(padding, 0)
+    # padding leaves the state as it is
+    phi_k, gates = real(lengths, phi_k, gates)
     if normalize:
         values = with_ones(values)
     heads = phi_k.shape[2]
     values, gates = (x.repeat_interleave(heads // x.shape[2], 2) for x in (values, gates))
 
-    rows = min(ROWS, 1 << (tokens - 1).bit_length())
+    rows = 1
+    while rows < ROWS and rows < tokens:
+        rows *= 2
     queries = chunk(phi_q.unflatten(2, (heads, -1)), rows)
     keys, values, gates = chunk(phi_k, rows), chunk(values, rows), chunk(gates, rows)
     y, since, until = within(queries, keys, values, gates)
 
-    increments = (keys * until.exp()).mT @ values
-    before = torch.zeros_like(increments[:, :1])
+    split = (-1, batch, heads)
+    increments = ((keys * until.exp()).mT @ values).unflatten(0, split)
+    before = torch.zeros_like(increments[:1])
     if state is not None:
         before = torch.cat([state["S"], state["z"].unsqueeze(-1)], -1) if normalize else state["S"]
-        before = before.to(increments.dtype).unsqueeze(1)
-    decay = functional.pad(since[..., -1, :], (0, 0, 0, 0, 1, 0)).exp().unsqueeze(-1)
-    states = scan(torch.cat([before, increments], 1), decay)
-    read = (queries * since.exp().unsqueeze(-2)).flatten(3, 4) @ states[:, :-1]
-    y = (y + read.unflatten(3, (rows, -1))).transpose(2, 3).flatten(1, 2)[:, :tokens].flatten(2, 3)
+        before = before.to(increments.dtype).unsqueeze(0)
+    decay = functional.pad(since[:, -1].exp().unflatten(0, split), (0, 0, 0, 0, 0, 0, 1, 0)).unsqueeze(-1)
+    states = scan(torch.cat([before, increments]), decay)
+
+    read = (queries * since.exp().unsqueeze(-2)).flatten(1, 2) @ states[:-1].flatten(0, 2)
+    # [N, B, H, rows, G, D_v] -> [B, T, H·G, D_v]
+    y = (y + read.unflatten(1, (rows, -1))).unflatten(0, split).movedim((0, 2), (1, 3))
+    y = y.flatten(1, 2)[:, :tokens].flatten(2, 3)
     if normalize:
         y = y[..., :-1] / (y[..., -1:] + eps)
-    last = states[:, -1]
-    after = (
-        {"S": last[..., :-1].contiguous(), "z": last[..., -1].contiguous()} if normalize else {"S": last.contiguous()}
-    )
-    return y.to(q.dtype), after if return_state else None
+    if not return_state:
+        return y.to(q.dtype), None
+    last = states[-1]
+    if not normalize:
+        return y.to(q.dtype), {"S": own(last)}
+    return y.to(q.dtype), {"S": own(last[..., :-1]), "z": own(last[..., -1])}

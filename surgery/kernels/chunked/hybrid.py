@@ -10,7 +10,7 @@ from .. import features as maps
 from ..specs import LOG_MASS_BOUND, Features, Joint, LogMass, State, Window
 from .linear import branch, with_ones
 from .ring import Ring, ring_tiles
-from .tiles import shared
+from .tiles import real, shared
 from .window import exact
 
 LARGEST_LOG_FACTOR = 60.0
@@ -64,10 +64,13 @@ def hybrid_attention(
     return_state: bool = False,
 ) -> tuple[Tensor, State | None]:
     """See the reference."""
+    queries = q if linear_q is None else linear_q
+    q, k, v, queries = real(lengths, q, k, v, queries)
+    if linear_k is not None:
+        (linear_k,) = real(lengths, linear_k)
     tiles = ring_tiles(q, window, state, lengths, segments)
     ring = Ring.join(window, state, k, v, linear_k)
     keys = ring.ring["ring_k" if linear_k is None else "ring_linear_k"]
-    queries = q if linear_q is None else linear_q
 
     phi_q, phi_k, a = maps.apply(features_q, queries), maps.apply(features_k, keys), None
     if isinstance(mix, LogMass):

@@ -11,7 +11,7 @@ from torch.nn import functional
 from .. import features as maps
 from ..specs import Features, State
 from .scan import scan
-from .tiles import Tiles, shared
+from .tiles import Tiles, real, shared
 
 
 class Branch(NamedTuple):
@@ -33,7 +33,12 @@ class Branch(NamedTuple):
     def state(self) -> State:
         """What the next call starts from."""
         last = self.states[:, -1]
-        return {"S": last[..., :-1].contiguous(), "z": last[..., -1].contiguous()}
+        return {"S": own(last[..., :-1]), "z": own(last[..., -1])}
+
+
+def own(x: Tensor) -> Tensor:
+    """A contiguous copy: a slice would keep all of what it is cut from alive."""
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def with_ones(v: Tensor) -> Tensor:
@@ -56,13 +61,13 @@ def branch(
         before = torch.zeros_like(increments[:, :1])
     else:
         before = torch.cat([state["S"], state["z"].unsqueeze(-1)], -1).to(increments.dtype).unsqueeze(1)
-    decay = tiles.stays()
-    if decay is not None:
-        decay = functional.pad(decay, (1, 0))[..., None, None, None].to(increments.dtype)
-    reads = tiles.reads()
-    if reads is not None:
-        queries = queries * reads[:, :, None, :, None]
-    return Branch(queries, weights, scan(torch.cat([before, increments], 1), decay))
+    increments = torch.cat([before, increments], 1)
+    stays, reads = tiles.stays(), tiles.reads()
+    if stays is None or reads is None:
+        return Branch(queries, weights, increments.cumsum(1))
+    decay = functional.pad(stays, (1, 0))[..., None, None, None].to(increments.dtype)
+    states = scan(increments.transpose(0, 1), decay.transpose(0, 1)).transpose(0, 1)
+    return Branch(queries * reads[:, :, None, :, None], weights, states)
 
 
 def linear_attention(
@@ -79,6 +84,7 @@ def linear_attention(
     return_state: bool = False,
 ) -> tuple[Tensor, State | None]:
     """See the reference."""
+    q, k, v = real(lengths, q, k, v)
     tiles = Tiles.cut(q.shape[1], 0, int(state is not None), lengths, segments, q.device)
     values = with_ones(maps.precise(v))
     visible = tiles.pairs()[2]

@@ -31,7 +31,7 @@ class Ring(NamedTuple):
             window,
             {name: joined(state, name, x, window.ring) for name, x in new.items()},
             {name: joined(state, name, x, window.sinks) for name, x in ends.items()},
-            v.dtype if state is None else state["ring_v"].dtype,
+            torch.promote_types(k.dtype, v.dtype) if state is None else state["ring_v"].dtype,
         )
 
     def state(self, tiles: Tiles) -> State:

@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 
-def scan(increments: Tensor, decay: Tensor | None = None) -> Tensor:
-    """All states s_n = decay_n s_(n-1) + increment_n, with s_(-1) = 0, along dim 1.
+def scan(increments: Tensor, decay: Tensor) -> Tensor:
+    """All states s_n = decay_n s_(n-1) + increment_n, with s_(-1) = 0, along dim 0.
 
-    increments: [B, N, ...]; decay: [B, N, ...], broadcastable to them; None: one everywhere. Returns [B, N, ...].
-    Neighbours are combined and the half as long sequence scanned, so depth is log N and work stays linear.
+    increments: [N, ...]; decay: of as many dims, broadcastable to them. Returns [N, ...].
+    Neighbours are combined and the sequence of half the length scanned, so depth is log N and work stays linear.
     """
-    if decay is None:
-        return increments.cumsum(1)
-    n = increments.shape[1]
+    n = increments.shape[0]
     if n == 1:
         return increments
-    pairs = slice(0, n - n % 2)
-    first, second = increments[:, pairs][:, ::2], increments[:, pairs][:, 1::2]
-    decay_first, decay_second = decay[:, pairs][:, ::2], decay[:, pairs][:, 1::2]
-    odd = scan(decay_second * first + second, decay_first * decay_second)
-    # state 2i follows from state 2i - 1
-    even = decay[:, 2::2] * odd[:, : (n - 1) // 2] + increments[:, 2::2]
-    even = torch.cat([increments[:, :1], even], 1)
-    states = torch.stack([even[:, : n // 2], odd], 2).flatten(1, 2)
-    return torch.cat([states, even[:, n // 2 :]], 1)
+    # whole pairs, and without asking whether n is odd, so that a traced graph depends on the depth alone
+    one, pairs = (0, 0) * (increments.ndim - 1) + (0, 1), (n + 1) // 2
+    increments, decay = functional.pad(increments, one), functional.pad(decay, one)
+    early, late = increments[: 2 * pairs : 2], increments[1 : 2 * pairs : 2]
+    decay_early, decay_late = decay[: 2 * pairs : 2], decay[1 : 2 * pairs : 2]
+    odd = scan(decay_late * early + late, decay_late * decay_early)
+    even = torch.cat([early[:1], decay_early[1:] * odd[:-1] + early[1:]])
+    return torch.stack([even, odd], 1).flatten(0, 1)[:n]

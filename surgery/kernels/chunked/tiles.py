@@ -20,11 +20,19 @@ MOST_ROWS = 256
 
 def shared(a: Tensor, b: Tensor) -> Tensor:
     """a @ b where each head of b serves a group of a's: [..., H, X, Y] @ [..., H_b, Y, Z] -> [..., H, X, Z]."""
-    if a.shape[-3] == b.shape[-3]:
+    groups, rows = a.shape[-3] // b.shape[-3], a.shape[-2]
+    if groups == 1:
         return a @ b
-    heads, rows = a.shape[-3], a.shape[-2]
-    folded = a.unflatten(-3, (b.shape[-3], -1)).flatten(-3, -2)
-    return (folded @ b).unflatten(-2, (-1, rows)).flatten(-4, -3).unflatten(-3, (heads,))
+    folded = a.unflatten(-3, (b.shape[-3], groups)).flatten(-3, -2)
+    return (folded @ b).unflatten(-2, (groups, rows)).flatten(-4, -3)
+
+
+def real(lengths: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """[B, T, ...] with zeros at padding, whatever was there: a weight of zero does not stop a NaN."""
+    if lengths is None:
+        return tensors
+    padding = torch.arange(tensors[0].shape[1], device=lengths.device) >= lengths[:, None]
+    return tuple(x.masked_fill(padding.view(*padding.shape, *[1] * (x.ndim - 2)), 0) for x in tensors)
 
 
 @dataclass(frozen=True)
@@ -54,7 +62,9 @@ class Tiles:
         device: torch.device,
     ) -> Tiles:
         """carried: [B] or int, the tokens of the current document before this call (if unknown, any number > 0)."""
-        rows = min(max(ROWS, min(ring, MOST_ROWS)), tokens)
+        rows = max(ROWS, min(ring, MOST_ROWS))
+        # not min(): a traced length should leave the number of rows a constant
+        rows = rows if tokens >= rows else tokens
         positions = torch.arange(tokens, device=device)
         length = torch.full((1, 1), tokens, device=device) if lengths is None else lengths[:, None]
         before = torch.as_tensor(carried, device=device).reshape(-1, 1).neg()
@@ -64,14 +74,14 @@ class Tiles:
             # the first token continues the carried document, and padding the last one
             opens = functional.pad(segments[:, 1:] != segments[:, :-1], (1, 0)) & (positions < length)
             start = torch.where(opens, positions, before).cummax(1).values
-        beyond = start[:, -1:].expand(-1, -tokens % rows)
+        beyond = start[:, -1:].expand(-1, (tokens + rows - 1) // rows * rows - tokens)
         start = torch.cat([before.expand(start.shape[0], ring), start, beyond], 1)
         return cls(tokens, ring, rows, length, start, segments is not None)
 
     @property
     def count(self) -> int:
         """N."""
-        return -(-self.tokens // self.rows)
+        return (self.tokens + self.rows - 1) // self.rows
 
     @property
     def padded(self) -> int:

@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import features as maps
 from ..specs import State, Window
 from .ring import Ring, ring_tiles, sinks_at
-from .tiles import Tiles, shared
+from .tiles import Tiles, real, shared
 
 
 class Exact(NamedTuple):
@@ -70,6 +70,7 @@ def window_attention(
     return_state: bool = False,
 ) -> tuple[Tensor, State | None]:
     """See the reference."""
+    q, k, v = real(lengths, q, k, v)
     tiles = ring_tiles(q, window, state, lengths, segments)
     ring = Ring.join(window, state, k, v)
     part = exact(tiles, q, ring, scaling, softcap)

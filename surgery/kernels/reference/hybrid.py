@@ -106,7 +106,7 @@ def hybrid_attention(
         rows.append(torch.stack(outputs))
         states.append({"S": S, "z": z} | ring.state(like, linear_k is not None))
     y = torch.stack(rows).to(q.dtype)
-    dtype = v.dtype if state is None else state["ring_v"].dtype
+    dtype = torch.promote_types(k.dtype, v.dtype) if state is None else state["ring_v"].dtype
     return y, batch_state(states, dtype) if return_state else None
 
 

@@ -44,7 +44,7 @@ def window_attention(
     q: [B, T, H, D]; k: [B, T, H_kv, D]; v: [B, T, H_kv, D_v]. `Window` says what W(i) is.
     softcap: scores are s = softcap·tanh(s / softcap); None: as they are.
     state: ring_k, ring_v [B, R, H_kv, D], the last keys of the document, oldest first, zeros where there were fewer;
-    sink_k, sink_v [B, s, H_kv, D], its first keys; seen [B] int64, how many keys it had. Kept in the dtype of v.
+    sink_k, sink_v [B, s, H_kv, D], its first keys; seen [B] int64, how many keys it had. In the dtype of k and v.
     lengths, segments and what is returned: as in `linear_attention`.
     """
     rows, states = [], []
@@ -61,5 +61,5 @@ def window_attention(
         rows.append(torch.stack(outputs))
         states.append(ring.state(Key(k[b, 0], v[b, 0], k[b, 0])))
     y = torch.stack(rows).to(q.dtype)
-    dtype = v.dtype if state is None else state["ring_v"].dtype
+    dtype = torch.promote_types(k.dtype, v.dtype) if state is None else state["ring_v"].dtype
     return y, batch_state(states, dtype) if return_state else None
