@@ -62,8 +62,8 @@ class RecurrentLayer(CacheLayerMixin):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         raise SurgeryError(
-            "this cache was filled by the converted model and holds no keys and values: start from a new cache in teacher "
-            "mode, after surgery.revert, or with another model"
+            "this cache was filled by the converted model and holds no keys and values: start from a new cache in "
+            "teacher mode, after surgery.revert, or with another model"
         )
 
     def step(self, mixer: Mixer, context: AttentionContext, real: Tensor | None) -> Tensor:
@@ -128,7 +128,7 @@ class RecurrentLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         return self.replaced.get_max_length()
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+    def get_mask_sizes(self, query_length: int) -> tuple[int | Tensor, int]:
         if self.static or self.is_sliding:
             return self.replaced.get_mask_sizes(query_length)
         return self.length + query_length, 0
@@ -137,7 +137,7 @@ class RecurrentLayer(CacheLayerMixin):
         self.history.clear()
         self.is_initialized = False
         self.replaced.reset()
-        if self.static:
+        if isinstance(self.length, Tensor):
             self.length.zero_()
             for buffer in (self.state or {}).values():
                 buffer.zero_()

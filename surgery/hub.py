@@ -1,6 +1,7 @@
 """Saving and loading: a converted model is a model type of its own, `surgery_<type>`, that the Auto classes know.
 
-Nothing is executed from a checkpoint: the recipe travels as plain data in `config.surgery`, and the classes are made here.
+Nothing is executed from a checkpoint: the recipe travels as plain data in `config.surgery`, and the classes are made
+here.
 """
 
 from __future__ import annotations
@@ -49,13 +50,21 @@ class SurgicalModel:
         from .operate import install
 
         settings = read_settings(config)
-        if (
-            config._attn_implementation == IMPLEMENTATION
-        ):  # a live model's config: the softmax layers' own choice is asked
+        if config._attn_implementation == IMPLEMENTATION:
+            # a live model's config: the softmax layers' own choice is asked
             config = copy.copy(config)
             config._attn_implementation_internal = None
         super().__init__(config, *args, **kwargs)
         install(self, load_recipe(settings["recipe"]), tuple(settings["layers"]))
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        # transformers reads the source of the class's module to know
+        return _original(cls)._can_set_attn_implementation()
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return _original(cls)._can_set_experts_implementation()
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
@@ -63,8 +72,8 @@ class SurgicalModel:
         missing = sorted(key for key in info["missing_keys"] if ".mixer." in key)
         if missing:
             raise SurgeryError(
-                f"the checkpoint lacks {len(missing)} mixer weights (e.g. {missing[0]}): it was not saved whole; to convert "
-                "a softmax checkpoint while loading, use surgery.from_pretrained(name, recipe=...)"
+                f"the checkpoint lacks {len(missing)} mixer weights (e.g. {missing[0]}): it was not saved whole; to "
+                "convert a softmax checkpoint while loading, use surgery.from_pretrained(name, recipe=...)"
             )
         return (model, info) if output_loading_info else model
 
@@ -95,8 +104,8 @@ class SurgicalModel:
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
         """Raises: continuous batching pages keys and values, which a converted model does not have."""
         raise SurgeryError(
-            "continuous batching (generate_batch) keeps paged keys and values, which a converted model does not have: use "
-            "model.generate with a batch instead"
+            "continuous batching (generate_batch) keeps paged keys and values, which a converted model does not have: "
+            "use model.generate with a batch instead"
         )
 
     init_continuous_batching = generate_batch
@@ -205,8 +214,8 @@ def read_settings(config: Any) -> dict[str, Any]:
     settings = getattr(config, "surgery", None)
     if not isinstance(settings, dict) or not {"recipe", "layers"} <= settings.keys():
         raise SurgeryError(
-            f"the config of type {getattr(config, 'model_type', '?')!r} has no `surgery` block with recipe and layers: it "
-            "was not written by surgery, or edited; convert the original model again"
+            f"the config of type {getattr(config, 'model_type', '?')!r} has no `surgery` block with recipe and layers: "
+            "it was not written by surgery, or edited; convert the original model again"
         )
     if settings.get("format", 0) > FORMAT:
         raise SurgeryError(
@@ -220,12 +229,12 @@ def from_pretrained(
 ) -> PreTrainedModel:
     """Load a checkpoint as a converted causal language model.
 
-    With `recipe`, a softmax checkpoint is converted while it is read: the model is built with its mixers from the start and
-    filled from the file, so no second copy of the weights exists. Without, `name` must be a converted checkpoint.
+    With `recipe`, a softmax checkpoint is converted while it is read: the model is built with its mixers from the start
+    and filled from the file, so no second copy of the weights exists. Without, `name` must be a converted checkpoint.
     `kwargs` go to transformers' from_pretrained (dtype, device_map, revision ...).
 
     Raises:
-        RecipeError, UnsupportedModelError, SurgeryError: as `apply`; also a converted checkpoint together with a recipe.
+        RecipeError, UnsupportedModelError, SurgeryError: as `apply`; also a converted checkpoint with a recipe.
     """
     from transformers import AutoModelForCausalLM
 
@@ -270,8 +279,8 @@ def _filling_class(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
 class replace_folder:
     """Context manager: write into a temporary sibling of `target`, then put it in place.
 
-    A new folder appears by one rename. In an existing one config.json goes first and comes last, so that at any moment the
-    folder either loads whole or does not load.
+    A new folder appears by one rename. In an existing one config.json goes first and comes last, so that at any moment
+    the folder either loads whole or does not load.
     """
 
     def __init__(self, target: Path):

@@ -83,7 +83,7 @@ def apply(model: Model, recipe: Recipe | str | dict | Any, *, layers: Layers = N
     operation = _install(plan, mixers)
     remember_base(plan.model)
     if not hasattr(type(model), "surgery") and model is not plan.model:
-        model.surgery = operation
+        setattr(model, "surgery", operation)  # noqa: B010
     return model
 
 

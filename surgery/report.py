@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 class LayerReport:
     """One attention layer.
 
-    new_parameters: number of parameters added. state_bytes: what one sequence holds while decoding, at any context; for a
-    layer left alone, 0. cache_bytes_per_token: what its keys and values take for every token without conversion.
+    new_parameters: number of parameters added. state_bytes: what one sequence holds while decoding, at any context; for
+    a layer left alone, 0. cache_bytes_per_token: what its keys and values take for every token without conversion.
     break_even: tokens from which on the state is smaller than keys and values (None: not converted).
     """
 
@@ -63,16 +63,10 @@ class Report:
         from rich.table import Table
 
         table = Table(title=f"{self.model}: {len(self.converted)} of {len(self.layers)} attention layers converted")
-        for name, justify in (
-            ("layer", "left"),
-            ("before", "left"),
-            ("after", "left"),
-            ("new parameters", "right"),
-            ("state / sequence", "right"),
-            ("KV / token", "right"),
-            ("break-even", "right"),
-        ):
-            table.add_column(name, justify=justify)
+        for name in ("layer", "before", "after"):
+            table.add_column(name)
+        for name in ("new parameters", "state / sequence", "KV / token", "break-even"):
+            table.add_column(name, justify="right")
         for layer in self.layers:
             table.add_row(
                 layer.path,

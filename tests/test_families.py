@@ -114,7 +114,7 @@ def test_generation_modes_agree(family, recipe):
     def generate(ids: Tensor, **kwargs) -> Tensor:
         torch.manual_seed(0)
         return model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, **{"do_sample": False, **kwargs}
+            ids, attention_mask=torch.ones_like(ids), **{"max_new_tokens": 8, "do_sample": False, **kwargs}
         )
 
     greedy = generate(prompt, use_cache=False)

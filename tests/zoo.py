@@ -57,15 +57,20 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "phi3": Phi3Config(**GQA, sliding_window=24),
     "gpt_neox": GPTNeoXConfig(**SHAPE, rotary_pct=0.5),
     "gpt2": GPT2Config(
-        vocab_size=VOCAB, n_embd=32, n_layer=3, n_head=4, n_positions=512, initializer_range=0.3, bos_token_id=1, eos_token_id=2,
-        pad_token_id=0, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, scale_attn_by_inverse_layer_idx=True,
+        vocab_size=VOCAB, n_embd=32, n_layer=3, n_head=4, n_positions=512, initializer_range=0.3,
+        bos_token_id=1, eos_token_id=2, pad_token_id=0, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+        scale_attn_by_inverse_layer_idx=True,
     ),
     "olmo2": Olmo2Config(**GQA),
     "opt": OPTConfig(
-        vocab_size=VOCAB, hidden_size=32, ffn_dim=48, num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=512,
-        init_std=0.3, word_embed_proj_dim=32, pad_token_id=0, bos_token_id=1, eos_token_id=2, dropout=0.0,
+        vocab_size=VOCAB, hidden_size=32, ffn_dim=48, num_hidden_layers=3, num_attention_heads=4,
+        max_position_embeddings=512, init_std=0.3, word_embed_proj_dim=32, pad_token_id=0, bos_token_id=1,
+        eos_token_id=2, dropout=0.0,
     ),
-    "mixtral": MixtralConfig(**GQA, head_dim=8, num_local_experts=4, num_experts_per_tok=2, sliding_window=24),
+    # wide experts, chosen by a random router, magnify rounding beyond what a comparison in fp32 can bear
+    "mixtral": MixtralConfig(
+        **{**GQA, "intermediate_size": 8}, head_dim=8, num_local_experts=4, num_experts_per_tok=2, sliding_window=24,
+    ),
 }  # fmt: skip
 FAMILIES = list(CONFIGS)
 

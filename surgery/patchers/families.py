@@ -1,7 +1,7 @@
 """What the families have of their own: the class of their attention and the names of its projections.
 
-Everything else (heads, rotation, norms, masks, caches) goes through transformers' AttentionInterface and is the same for
-all of them, see `interface.py`. A new family is one line in `FAMILIES`.
+Everything else (heads, rotation, norms, masks, caches) goes through transformers' AttentionInterface and is the same
+for all of them, see `interface.py`. A new family is one line in `FAMILIES`.
 """
 
 from __future__ import annotations
@@ -31,6 +31,11 @@ class Family:
     o: str = "o_proj"
     split: Split | None = None
 
+    @classmethod
+    def fused(cls, attention: str, qkv: str, split: Split, o: str = "o_proj") -> Family:
+        """A family with one projection for queries, keys and values."""
+        return cls(attention, q=qkv, k=qkv, v=qkv, o=o, split=split)
+
 
 def _thirds(fused: Tensor, shape: AttentionShape) -> tuple[Tensor, Tensor]:
     q, k, _ = fused.chunk(3, dim=-1)
@@ -57,8 +62,8 @@ FAMILIES: dict[str, Family] = {
     "gemma3_text": Family("Gemma3Attention"),
     "olmo2": Family("Olmo2Attention"),
     "opt": Family("OPTAttention", o="out_proj"),
-    "phi3": Family("Phi3Attention", q="qkv_proj", k="qkv_proj", v="qkv_proj", split=_grouped),
-    "gpt_neox": Family("GPTNeoXAttention", *["query_key_value"] * 3, o="dense", split=_per_head),
-    "gpt2": Family("GPT2Attention", *["c_attn"] * 3, o="c_proj", split=_thirds),
+    "phi3": Family.fused("Phi3Attention", "qkv_proj", _grouped),
+    "gpt_neox": Family.fused("GPTNeoXAttention", "query_key_value", _per_head, o="dense"),
+    "gpt2": Family.fused("GPT2Attention", "c_attn", _thirds, o="c_proj"),
 }
 """Families that are converted and tested, by `config.model_type`."""

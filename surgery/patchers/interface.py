@@ -1,8 +1,8 @@
 """One path for every architecture whose attention goes through transformers' AttentionInterface.
 
-The model's own forward keeps making q, k and v (rotation, norms, biases, fused projections, LoRA, quantised weights). The
-module's class is swapped in place for a subclass that withholds the cache and hands what a mixer needs to the attention
-function `surgery`, chosen by a copy of the config that only this layer sees.
+The model's own forward keeps making q, k and v (rotation, norms, biases, fused projections, LoRA, quantised weights).
+The module's class is swapped in place for a subclass that withholds the cache and hands what a mixer needs to the
+attention function `surgery`, chosen by a copy of the config that only this layer sees.
 """
 
 from __future__ import annotations
@@ -167,8 +167,8 @@ def _withhold_cache(kwargs: dict[str, Any]) -> Cache | None:
     cache = next((cache for cache in given.values() if cache is not None), None)
     if cache is not None and not isinstance(cache, Cache):
         raise SurgeryError(
-            f"continuous batching keeps paged keys and values ({type(cache).__name__}), which a converted model does not "
-            "have: use model.generate, with a batch, instead"
+            f"continuous batching keeps paged keys and values ({type(cache).__name__}), which a converted model does "
+            "not have: use model.generate, with a batch, instead"
         )
     return cache
 
@@ -275,6 +275,6 @@ def _rebind_forward(module: nn.Module) -> None:
         module._old_forward = type(module).forward.__get__(module)
 
 
-def converted_layers(model: nn.Module) -> dict[str, nn.Module]:
+def converted_layers(model: nn.Module) -> dict[str, Any]:
     """Converted attention modules by path."""
     return {path: module for path, module in model.named_modules() if isinstance(module, Surgical)}

@@ -31,8 +31,8 @@ def padding_mask(
 ) -> Tensor | None:
     """The mask of a fully converted model: [B, 1, 1, T] bool over the current tokens, None when all are real.
 
-    Registered in transformers' AttentionMaskInterface, so it is called once a forward with the user's [B, seen + T] mask.
-    Four dimensions mark it as ready made for whoever sees it next.
+    Registered in transformers' AttentionMaskInterface, so it is called once a forward with the user's [B, seen + T]
+    mask. Four dimensions mark it as ready made for whoever sees it next.
     """
     custom = kwargs.get("use_vmap") or getattr(mask_function, "__name__", "") == "or_mask"
     if custom or "allow_is_bidirectional_skip" in kwargs:
@@ -86,8 +86,8 @@ def _real_tokens(mask: Tensor, length: int, seen: int, window: int | None) -> Te
             _check_causal(keep, real, window)
     else:
         raise SurgeryError(
-            f"a converted attention was given a mask of type {type(mask).__name__} and {mask.dim()} dimensions, which it "
-            "cannot read: pass the usual [batch, tokens] attention_mask"
+            f"a converted attention was given a mask of type {type(mask).__name__} and {mask.dim()} dimensions, which "
+            "it cannot read: pass the usual [batch, tokens] attention_mask"
         )
     if not torch.compiler.is_compiling() and bool(real.all()):
         return None
@@ -104,8 +104,9 @@ def _check_causal(keep: Tensor, real: Tensor, window: int | None) -> None:
     block = _document_blocks(keep, real)
     if not bool((keep == (expected & block))[real].all()):
         raise SurgeryError(
-            "a converted attention was given a 4-dimensional mask that is not causal over real tokens, which a recurrence "
-            "cannot follow: pass the usual [batch, tokens] attention_mask, with position_ids for packed documents"
+            "a converted attention was given a 4-dimensional mask that is not causal over real tokens, which a "
+            "recurrence cannot follow: pass the usual [batch, tokens] attention_mask, with position_ids for packed "
+            "documents"
         )
 
 
