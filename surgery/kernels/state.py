@@ -45,3 +45,11 @@ def window_state(
         name: torch.zeros(batch, size, heads, head_dim, device=device, dtype=dtype) for name, size in sizes.items()
     }
     return state | {"seen": torch.zeros(batch, device=device, dtype=torch.int64)}
+
+
+def split_state(state: State) -> tuple[State, State]:
+    """What windows need to see exact keys, `seen` among it; and the history: everything else that is carried."""
+    parts: tuple[State, State] = ({}, {})
+    for name, tensor in state.items():
+        parts[name != "seen" and not name.startswith(("ring_", "sink_"))][name] = tensor
+    return parts

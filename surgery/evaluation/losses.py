@@ -1,0 +1,68 @@
+"""Losses of a model on token ids, one a token, and what surrounds a measurement."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import SurgeryError
+
+CHUNK = 2**26
+"""Logits turned to fp32 at a time (256 MiB): the vocabulary of one token may be 128k."""
+
+
+def token_nll(model: nn.Module, ids: Tensor, cache: Any = None) -> Tensor:
+    """Losses [B, T - 1] in fp64 on the CPU of tokens 2..T of ids [B, T], after what `cache` holds, which moves on."""
+    arguments = {"use_cache": False} if cache is None else {"use_cache": True, cache_argument(model): cache}
+    logits = model(input_ids=ids, **arguments).logits
+    step = max(1, CHUNK // (logits.shape[0] * logits.shape[2]))
+    parts = []
+    for part, target in zip(logits[:, :-1].split(step, 1), ids[:, 1:].split(step, 1), strict=True):
+        nll = nn.functional.cross_entropy(part.float().flatten(0, 1), target.flatten(), reduction="none")
+        parts.append(nll.view_as(target))
+    return torch.cat(parts, 1).double().cpu()
+
+
+def cache_argument(model: nn.Module) -> str:
+    """Under which name this version of transformers takes the cache."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
+def new_cache(model: nn.Module) -> Any:
+    """An empty cache that grows."""
+    from transformers import DynamicCache
+
+    return DynamicCache(config=model.config)
+
+
+@contextmanager
+def measuring(model: nn.Module) -> Iterator[torch.device]:
+    """No gradients, every module in eval mode until the end; gives the model's device."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield next(model.parameters()).device
+    finally:
+        for module in training:
+            module.training = True
+
+
+def check_length(model: nn.Module, length: int, copy_tokens: int) -> None:
+    """Refuse more tokens than the model has learned positions for.
+
+    Raises:
+        SurgeryError: see above, or a window of fewer than 2 tokens.
+    """
+    if length < 2:
+        raise SurgeryError(f"a window of {length} tokens has nothing to predict: give a length of at least 2")
+    longest, what = max((length, f"a length of {length}"), (1 + 2 * copy_tokens, f"two copies of {copy_tokens} tokens"))
+    for path, module in model.named_modules():
+        learned = isinstance(module, nn.Embedding) and path.rpartition(".")[2] in ("wpe", "embed_positions")
+        if learned and longest > module.num_embeddings:
+            raise SurgeryError(f"the model has learned {module.num_embeddings} positions: {what} is too much for it")

@@ -1,0 +1,155 @@
+"""What an evaluation found, as data. All losses are nats per token; a standard error of one sample is None."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor
+
+from ..errors import SurgeryError
+
+FORMAT = 1
+ENOUGH_WINDOWS = 16
+"""A domain with fewer windows is reported but enters no mean."""
+
+
+@dataclass(frozen=True)
+class CopyRecall:
+    """Pieces of unseen tokens, each written twice in a row: losses over the first and the second copy."""
+
+    pieces: int
+    tokens: int
+    first: float
+    first_stderr: float | None
+    second: float
+    second_stderr: float | None
+
+
+@dataclass(frozen=True)
+class HistoryAblation:
+    """Loss of a window's second half after its first, with the recurrences' history changed in between.
+
+    intact: as it is. emptied: as before any token. swapped: that of another window (None: there is no other). Keys that
+    windows hold stay in all three. The differences are to intact, with the standard error over windows of the pairs.
+    """
+
+    intact: float
+    emptied: float
+    emptied_difference: float
+    emptied_stderr: float | None
+    swapped: float | None
+    swapped_difference: float | None
+    swapped_stderr: float | None
+    history_used: bool
+
+
+@dataclass(frozen=True)
+class DomainResult:
+    """One domain.
+
+    tokens_sha256: of all windows. by_position: mean loss by the number of tokens before, "1-64": ...
+    window_nll: one number a window. position_nll: one number for each number of tokens before, from 1 on.
+    copy: None: too few tokens, or not asked for. history: None: the model carries none.
+    """
+
+    windows: int
+    tokens_sha256: str
+    nll: float
+    stderr: float | None
+    by_position: dict[str, float]
+    window_nll: list[float]
+    position_nll: list[float]
+    copy: CopyRecall | None = None
+    history: HistoryAblation | None = None
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes one sequence holds after `length` tokens, and by how many they grow with every further one.
+
+    softmax, softmax_growth: the same for the keys and values of the same model with softmax attention.
+    """
+
+    length: int
+    held: int
+    growth: int
+    softmax: int
+    softmax_growth: int
+
+    def at(self, length: int) -> tuple[int, int]:
+        """(held, softmax) after another number of tokens."""
+        more = length - self.length
+        return self.held + more * self.growth, self.softmax + more * self.softmax_growth
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One model on all domains.
+
+    attention: what the attention layers are. mean_over: domains with enough windows, over which nll is the mean.
+    history_used: whether taking the history away costs loss; None: there is none to take.
+    """
+
+    model: str
+    attention: str
+    length: int
+    domains: dict[str, DomainResult]
+    mean_over: list[str]
+    nll: float | None
+    stderr: float | None
+    history_used: bool | None
+    memory: Memory
+    provenance: dict[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, ready for JSON."""
+        return {"format": FORMAT, **asdict(self)}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Evaluation:
+        """The inverse of `to_dict`.
+
+        Raises:
+            SurgeryError: `data` is something else, or of a newer version.
+        """
+        try:
+            values = dict(data)
+            if values.pop("format") > FORMAT:
+                raise SurgeryError("this evaluation was written by a newer surgery: upgrade")
+            values["domains"] = {name: _domain(domain) for name, domain in values["domains"].items()}
+            values["memory"] = Memory(**values["memory"])
+            return cls(**values)
+        except (TypeError, KeyError, AttributeError, ValueError) as error:
+            if isinstance(error, SurgeryError):
+                raise
+            raise SurgeryError(f"not an evaluation as surgery writes it: {error}") from None
+
+
+def _domain(data: dict[str, Any]) -> DomainResult:
+    parts = {"copy": CopyRecall, "history": HistoryAblation}
+    nested = {name: None if data[name] is None else cls(**data[name]) for name, cls in parts.items()}
+    return DomainResult(**{**data, **nested})
+
+
+def stderr(samples: Tensor) -> float | None:
+    """Standard error of the mean of [n] samples."""
+    return samples.std().item() / len(samples) ** 0.5 if len(samples) > 1 else None
+
+
+def mean_stderr(errors: Iterable[float | None]) -> float | None:
+    """Standard error of the mean of independent numbers with these standard errors; None if one is not known."""
+    errors = list(errors)
+    known = [error for error in errors if error is not None]
+    return sum(error**2 for error in known) ** 0.5 / len(known) if known and len(known) == len(errors) else None
+
+
+def position_buckets(length: int) -> dict[str, slice]:
+    """Names of ranges of the number of tokens before, and where they are in [length - 1] losses: 1-64, 65-256 ..."""
+    buckets, first, last = {}, 1, 64
+    while first < length:
+        end = min(last, length - 1)
+        buckets[f"{first}-{end}"] = slice(first - 1, end)
+        first, last = last + 1, last * (4 if last < 1024 else 2)
+    return buckets
