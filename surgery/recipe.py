@@ -8,25 +8,25 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
-from .errors import RecipeError
+from .errors import RecipeError, SurgeryError
 from .mixers import MixerConfig
-from .mixers.base import Config
-from .training.stages import StageConfig
+from .mixers.base import AttentionShape, Config, Mixer
+from .training.stages import AttentionTransfer, StageConfig
 from .validation import Document, closest, parse_yaml, short, validate
 
 
 class Recipe(Config):
     """One conversion: which mixer replaces the attention of which layers, and how the result is healed.
 
-    mixer: what takes the place of softmax attention.
+    mixer: what takes the place of softmax attention; None: nothing does, as in controls that train the model as it is.
     layers: the attention layers to convert, by index, negative ones from the end; None: all of them.
     stages: the training that follows, in order; empty: none.
     """
 
     description: str = ""
-    mixer: MixerConfig
+    mixer: MixerConfig | None
     layers: list[int] | None = Field(None, min_length=1)
     stages: list[StageConfig] = []
 
@@ -37,6 +37,34 @@ class Recipe(Config):
         if repeated:
             raise ValueError(f"lists {', '.join(map(str, repeated))} more than once")
         return layers
+
+    @model_validator(mode="after")
+    def _stages_fit_the_mixer(self) -> Recipe:
+        for index, stage in enumerate(self.stages):
+            if not isinstance(stage, AttentionTransfer):
+                continue
+            if self.mixer is None:
+                raise ValueError(
+                    f"stages[{index}] transfers attention to a mixer, but mixer is null: remove the stage or name a mixer"
+                )
+            if stage.loss.cross_entropy and not self.mixer.has_weights:
+                raise ValueError(
+                    f"stages[{index}].loss.cross_entropy compares attention weights, and mixer {self.mixer.kind} has none "
+                    "that sum to one: use mse or normalized_mse"
+                )
+        return self
+
+    def build(self, shape: AttentionShape) -> Mixer:
+        """The mixer of one layer.
+
+        Raises:
+            SurgeryError: the recipe has no mixer.
+        """
+        if self.mixer is None:
+            raise SurgeryError(
+                "this recipe has no mixer and converts nothing: it is for training a model as it is, with `surgery convert`"
+            )
+        return self.mixer.build(shape)
 
     @classmethod
     def resolve(cls, recipe: Recipe | str | os.PathLike[str] | Mapping[str, Any]) -> Recipe:

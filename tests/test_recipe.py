@@ -12,6 +12,8 @@ from surgery.errors import RecipeError, SurgeryError
 from surgery.recipe import Recipe, list_recipes, load_recipe, recipe_path
 
 SHIPPED = [
+    "control/softmax-lora",
+    "control/window-lora",
     "llama/hedgehog",
     "llama/liger-gla",
     "llama/logmass",
@@ -50,7 +52,7 @@ def test_shipped_recipe_is_short_and_says_how_to_run_it(name):
     assert len(lines) <= 30
     assert all(len(line) <= 120 for line in lines)
     assert f"--recipe {name}" in header
-    assert "arXiv" in header or name == "llama/logmass"
+    assert "arXiv" in header or name == "llama/logmass" or name.startswith("control/")
     assert load_recipe(name).description
 
 

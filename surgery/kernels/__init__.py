@@ -9,8 +9,18 @@ linear_attention = Op(reference.linear_attention, chunked.linear_attention, exam
 gated_linear_attention = Op(reference.gated_linear_attention, chunked.gated_linear_attention, examples.gated)
 window_attention = Op(reference.window_attention, chunked.window_attention, examples.window)
 hybrid_attention = Op(reference.hybrid_attention, chunked.hybrid_attention, examples.hybrid)
+attention_cross_entropy = Op(reference.attention_cross_entropy, chunked.attention_cross_entropy, examples.transfer)
 
-OPS = {op.name: op for op in (linear_attention, gated_linear_attention, window_attention, hybrid_attention)}
+OPS = {
+    op.name: op
+    for op in (
+        linear_attention,
+        gated_linear_attention,
+        window_attention,
+        hybrid_attention,
+        attention_cross_entropy,
+    )
+}
 
 __all__ = [
     "BACKENDS",
@@ -21,6 +31,7 @@ __all__ = [
     "Op",
     "State",
     "Window",
+    "attention_cross_entropy",
     "backend",
     "features",
     "gated_linear_attention",

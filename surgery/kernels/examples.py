@@ -44,3 +44,7 @@ def window(device: torch.device | str, dtype: torch.dtype) -> Arguments:
 def hybrid(device: torch.device | str, dtype: torch.dtype) -> Arguments:
     mix = {"mix": Joint(torch.full((HEADS,), 0.1, device=device)), "window": Window(16, "terraced", sinks=2)}
     return linear(device, dtype) | mix | {"scaling": DIM**-0.5}
+
+
+def transfer(device: torch.device | str, dtype: torch.dtype) -> Arguments:
+    return {name: x for name, x in hybrid(device, dtype).items() if name not in ("v", "return_state")}

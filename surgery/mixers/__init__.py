@@ -7,7 +7,18 @@ from pydantic import Field
 from .base import AttentionContext, AttentionShape, Config, Mixer, State
 from .gla import GLAConfig
 from .linear import LinearConfig
+from .window import WindowOnlyConfig
 
-MixerConfig = Annotated[LinearConfig | GLAConfig, Field(discriminator="kind")]
+MixerConfig = Annotated[LinearConfig | GLAConfig | WindowOnlyConfig, Field(discriminator="kind")]
 
-__all__ = ["AttentionContext", "AttentionShape", "Config", "GLAConfig", "LinearConfig", "Mixer", "MixerConfig", "State"]
+__all__ = [
+    "AttentionContext",
+    "AttentionShape",
+    "Config",
+    "GLAConfig",
+    "LinearConfig",
+    "Mixer",
+    "MixerConfig",
+    "State",
+    "WindowOnlyConfig",
+]

@@ -23,6 +23,20 @@ class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class MixerBase(Config):
+    """Base of the mixers' own configs; `kind` names them in recipes, `build` makes the module for one layer."""
+
+    kind: str
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether its outputs are averages with explicit weights, so that `Mixer.cross_entropy` exists."""
+        return False
+
+    def build(self, shape: AttentionShape) -> Mixer:
+        raise TypeError(f"{type(self).__name__} does not define build")
+
+
 @dataclass(frozen=True)
 class AttentionShape:
     """The layer a mixer is built for.
@@ -105,6 +119,10 @@ class Mixer(nn.Module):
         self, context: AttentionContext, state: State | None = None, return_state: bool = False
     ) -> tuple[Tensor, State | None]:
         raise TypeError(f"{type(self).__name__} does not define forward")
+
+    def cross_entropy(self, context: AttentionContext) -> Tensor:
+        """[B, T, H] fp32, the cross-entropy of the mixer's weights against the layer's softmax weights; 0 at padding."""
+        raise TypeError(f"{type(self).__name__} has no attention weights to compare")
 
     def init_state(self, batch: int, *, device: torch.device | str, dtype: torch.dtype) -> State:
         """The state before any token; window keys and values are kept in `dtype` (the activations')."""

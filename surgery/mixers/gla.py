@@ -9,7 +9,7 @@ from pydantic import model_validator
 from torch import Tensor
 
 from .. import kernels
-from .base import AttentionContext, AttentionShape, Config, Mixer, State
+from .base import AttentionContext, AttentionShape, Mixer, MixerBase, State
 from .feature_maps import FeatureMapConfig, SoftmaxConfig
 from .gates import GateConfig, KeyGateConfig
 from .linear import check_state
@@ -17,7 +17,7 @@ from .mixes import AverageConfig
 from .windows import WindowConfig, describe_window, window_branch
 
 
-class GLAConfig(Config):
+class GLAConfig(MixerBase):
     """S = diag(α)S + φ(k)ᵀv, y = φ(q)S over the whole history, averaged with the softmax of a window.
 
     gate: where α comes from. state, rope: as for `linear`; Liger leaves the recurrence without rotation.

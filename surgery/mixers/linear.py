@@ -9,7 +9,7 @@ from pydantic import model_validator
 from torch import Tensor
 
 from .. import kernels
-from .base import AttentionContext, AttentionShape, Config, Mixer, State
+from .base import AttentionContext, AttentionShape, Mixer, MixerBase, State
 from .feature_maps import FeatureMapConfig, FixedConfig, HedgehogConfig
 from .mixes import JointMix, LogMassMix, MixConfig
 from .windows import WindowConfig, describe_window, window_branch
@@ -24,7 +24,7 @@ def check_state(state: str, feature_map: FixedConfig) -> None:
         )
 
 
-class LinearConfig(Config):
+class LinearConfig(MixerBase):
     """S += φ(k)ᵀv, z += φ(k), y = φ(q)S / φ(q)·z, with a softmax window if asked for.
 
     state: one map of the keys and one state per key/value head, or per query head, as LoLCATs has it.
@@ -55,6 +55,10 @@ class LinearConfig(Config):
             )
         check_state(self.state, self.feature_map)
         return self
+
+    @property
+    def has_weights(self) -> bool:
+        return self.mix is None or self.mix.kind != "average"
 
     def build(self, shape: AttentionShape) -> LinearMixer:
         return (LinearMixer if self.rope == "rotated" else RawLinearMixer)(self, shape)
@@ -129,6 +133,26 @@ class LinearMixer(Mixer):
             lengths=context.lengths,
             segments=context.segments,
             return_state=return_state,
+        )
+
+    def cross_entropy(self, context: AttentionContext) -> Tensor:
+        if not self.config.has_weights:
+            return super().cross_entropy(context)
+        q, k = self.linear_inputs(context)
+        return kernels.attention_cross_entropy(
+            context.q,
+            context.k,
+            linear_q=q,
+            linear_k=k,
+            features_q=self.feature_map_q(),
+            features_k=self.feature_map_k(),
+            mix=self.mix() if isinstance(self.mix, JointMix | LogMassMix) else None,
+            window=self.window,
+            scaling=context.scaling,
+            softcap=self.shape.softcap,
+            limit=self.shape.sliding_window,
+            lengths=context.lengths,
+            segments=context.segments,
         )
 
     def init_state(self, batch: int, *, device: torch.device | str, dtype: torch.dtype) -> State:

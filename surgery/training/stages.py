@@ -53,11 +53,20 @@ class Plateau(Config):
 Schedule = Annotated[Constant | Linear | Cosine | Plateau, Field(discriminator="kind")]
 
 
+class Cooldown(Config):
+    """Move the temperature of the feature maps from `start` to `end` over the stage; then it goes into their weights."""
+
+    start: PositiveFloat = 1.0
+    end: PositiveFloat
+    shape: Literal["linear", "cosine"] = "linear"
+
+
 class Stage(Config):
     """What all stages share: how long, on which batches, with which AdamW.
 
     tokens, epochs: the length of the stage; exactly one of the two.
     batch_size: sequences in one forward pass of one device; `accumulate` such passes make one optimizer step.
+    temperature: cool the feature maps down on the way.
     """
 
     tokens: PositiveInt | None = None
@@ -71,6 +80,7 @@ class Stage(Config):
     weight_decay: NonNegativeFloat = 0.0
     grad_clip: PositiveFloat | None = None
     seed: NonNegativeInt = 0
+    temperature: Cooldown | None = None
 
     @model_validator(mode="after")
     def _one_length(self) -> Stage:
@@ -107,10 +117,27 @@ class AttentionTransfer(Stage):
     trains: list[Part] = Field(["mixer"], min_length=1)
 
 
-class LoRA(Stage):
-    """Train low-rank adapters on the attention projections with the language modelling loss.
+class LanguageLoss(Config):
+    """Weights of the terms of a language model's loss; at least one is not zero.
 
-    trains: parts of the mixer that go on learning beside the adapters.
+    cross_entropy: of the next token. kl: KL(teacher ‖ student) of its distribution, the softmax model being the teacher;
+    both are means per token.
+    """
+
+    cross_entropy: NonNegativeFloat = 0.0
+    kl: NonNegativeFloat = 0.0
+
+    @model_validator(mode="after")
+    def _some_term(self) -> LanguageLoss:
+        if not (self.cross_entropy or self.kl):
+            raise ValueError("no term has a weight: give at least one of cross_entropy, kl, as in {cross_entropy: 1}")
+        return self
+
+
+class LoRA(Stage):
+    """Train low-rank adapters on the attention projections with a language modelling loss.
+
+    trains: parts of the mixer that go on learning beside the adapters, with the rate `mixer_lr` (None: `lr`).
     """
 
     kind: Literal["lora"] = "lora"
@@ -119,6 +146,8 @@ class LoRA(Stage):
     dropout: Fraction = 0.0
     targets: list[Projection] = Field(["q", "k", "v", "o"], min_length=1)
     trains: list[Part] = []
+    mixer_lr: PositiveFloat | None = None
+    loss: LanguageLoss = LanguageLoss(cross_entropy=1.0)
 
 
 StageConfig = Annotated[AttentionTransfer | LoRA, Field(discriminator="kind")]

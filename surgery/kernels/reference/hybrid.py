@@ -16,11 +16,11 @@ LARGEST_LOG_FACTOR = 60.0
 """Keeps e^a finite where there is nothing for it to multiply."""
 
 
-def key_features(features_k: Features, mix: Joint | LogMass, keys: list[Key]) -> Tensor:
+def key_features(features_k: Features, mix: Joint | LogMass | None, keys: list[Key]) -> Tensor:
     """φ(k_j), under `LogMass` times e^(b_j): n keys -> [n, H_s, F]."""
     k = torch.stack([key.linear_k for key in keys])
     phi = maps.apply(features_k, k.unsqueeze(0)).squeeze(0)
-    if isinstance(mix, Joint):
+    if not isinstance(mix, LogMass):
         return phi
     k = precise(k).repeat_interleave(mix.k_weight.shape[0] // k.shape[1], 1)
     b = (k * mix.k_weight).sum(-1) + mix.k_bias

@@ -1,0 +1,43 @@
+"""`window`: exact softmax over a short window and nothing beyond it, the control of every conversion that has one."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .. import kernels
+from .base import AttentionContext, AttentionShape, Mixer, MixerBase, State
+from .windows import WindowConfig, describe_window, window_branch
+
+
+class WindowOnlyConfig(MixerBase):
+    """y = softmax attention over the window; what leaves it is forgotten. No new parameters."""
+
+    kind: Literal["window"] = "window"
+    window: WindowConfig = WindowConfig(size=64)
+
+    def build(self, shape: AttentionShape) -> WindowMixer:
+        return WindowMixer(self, shape)
+
+
+class WindowMixer(Mixer):
+    """See `WindowOnlyConfig`."""
+
+    def __init__(self, config: WindowOnlyConfig, shape: AttentionShape) -> None:
+        super().__init__(shape)
+        self.config = config
+        self.window = config.window.build(shape)
+
+    def forward(
+        self, context: AttentionContext, state: State | None = None, return_state: bool = False
+    ) -> tuple[Tensor, State | None]:
+        return window_branch(self.window, self.shape, context, state, return_state)
+
+    def init_state(self, batch: int, *, device: torch.device | str, dtype: torch.dtype) -> State:
+        heads, size = self.shape.kv_heads, self.shape.head_dim
+        return kernels.window_state(batch, self.window, heads, size, device=device, dtype=dtype)
+
+    def describe(self) -> str:
+        return describe_window(self.window)

@@ -1,0 +1,116 @@
+"""The folder of a run in progress: what it is a run of, which stages are done, and what its metrics were."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from ..errors import SurgeryError
+
+
+class Run:
+    """`OUT.run`, beside the folder it will become.
+
+    run.json: the request. stage-0.safetensors …: what each finished stage learned; stage-0.ckpt …: where an unfinished
+    one got to. logs: metrics of every attempt.
+    """
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self.folder = out.with_name(out.name + ".run")
+
+    def begin(self, request: dict[str, Any]) -> bool:
+        """Start, or go on; returns whether this goes on.
+
+        Raises:
+            SurgeryError: the folder holds a run of something else.
+        """
+        path = self.folder / "run.json"
+        request = json.loads(json.dumps(request))
+        if path.exists():
+            before = json.loads(path.read_text(encoding="utf-8"))
+            changed = sorted(key for key in before.keys() | request.keys() if before.get(key) != request.get(key))
+            if changed:
+                raise SurgeryError(
+                    f"{self.folder} holds an unfinished run with other {', '.join(changed)}: give the same command to resume "
+                    "it, another --out, or delete that folder to start afresh"
+                )
+            return True
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps(request, indent=1))
+        return False
+
+    def delta(self, stage: int) -> Path:
+        """What stage `stage` learned; exists once it is finished."""
+        return self.folder / f"stage-{stage}.safetensors"
+
+    def checkpoint(self, stage: int) -> Path:
+        """Where stage `stage` resumes."""
+        return self.folder / f"stage-{stage}.ckpt"
+
+    def attempt(self, stage: int) -> str:
+        """A name for the logs of the next attempt at a stage, in the order of attempts."""
+        return f"stage-{stage}.{len(list((self.folder / 'logs' / 'csv').glob(f'stage-{stage}.*')))}"
+
+    def metrics(self) -> list[dict[str, str]]:
+        """All rows that were logged, of all stages; steps that were taken again count once."""
+        rows: list[dict[str, str]] = []
+        for stage, attempts in enumerate(self._logs()):
+            kept: list[dict[str, str]] = []
+            for attempt in attempts:
+                if attempt:
+                    kept = [row for row in kept if int(row["step"]) < int(attempt[0]["step"])]
+                kept += attempt
+            rows += [{"stage": str(stage), **row} for row in kept]
+        return rows
+
+    def _logs(self) -> Iterable[list[list[dict[str, str]]]]:
+        stage = 0
+        while files := sorted((self.folder / "logs" / "csv").glob(f"stage-{stage}.*/metrics.csv"), key=_attempt):
+            yield [list(csv.DictReader(file.read_text(encoding="utf-8").splitlines())) for file in files]
+            stage += 1
+
+
+def _attempt(file: Path) -> int:
+    return int(file.parent.name.rpartition(".")[2])
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file that is there as a whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def write_csv(path: Path, rows: list[dict[str, str]]) -> None:
+    """One column for every key that any row has."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(temporary, path)
+
+
+def digest(files: Iterable[Path]) -> dict[str, str]:
+    """Name -> sha256 of the contents."""
+    found = {}
+    for file in files:
+        with file.open("rb") as stream:
+            found[str(file)] = (
+                hashlib.file_digest(stream, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha(stream)
+            )
+    return found
+
+
+def _sha(stream: Any) -> str:
+    value = hashlib.sha256()
+    while block := stream.read(1 << 20):
+        value.update(block)
+    return value.hexdigest()

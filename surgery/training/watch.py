@@ -1,0 +1,117 @@
+"""What goes on around the steps of a stage: validation, checkpoints, progress for those who are not at a terminal."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from ..errors import SurgeryError
+from .module import HealingModule
+
+
+class StepCallback(Callback):
+    """Acts after whole optimizer steps, however many batches these accumulate."""
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        assert isinstance(pl_module, HealingModule)
+        if (batch_idx + 1) % pl_module.stage.accumulate == 0:
+            self.after_step(trainer, pl_module, trainer.global_step)
+
+    def after_step(self, trainer: Trainer, module: HealingModule, step: int) -> None:
+        """step: how many were taken."""
+
+
+class Validation(StepCallback):
+    """Takes the loss over held-out rows every `every` steps and at the end, and tells a plateau schedule.
+
+    Not lightning's own loop: what a schedule learns here must be in the checkpoint written after the same step.
+    """
+
+    def __init__(self, rows: Tensor, every: int) -> None:
+        self.rows, self.every = rows, every
+        self.history: list[tuple[int, float]] = []
+
+    def after_step(self, trainer: Trainer, module: HealingModule, step: int) -> None:
+        if step % self.every and step != module.steps:
+            return
+        loss = self.loss(module)
+        self.history.append((step, loss))
+        module.log("val_loss", loss, prog_bar=True)
+        if module.plateau is not None:
+            module.plateau.step(loss)
+
+    @torch.no_grad()
+    def loss(self, module: HealingModule) -> float:
+        """Mean over all rows."""
+        total, training = 0.0, module.model.training
+        module.model.eval()
+        for batch in self.rows.split(module.stage.batch_size):
+            with module.trainer.precision_plugin.forward_context():
+                total += float(module.validation_loss(batch.to(module.device))) * len(batch)
+        module.model.train(training)
+        return total / len(self.rows)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"history": self.history}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.history = list(state_dict["history"])
+
+
+class Checkpoints(StepCallback):
+    """Writes a checkpoint to resume from, under a temporary name first, every `every` steps."""
+
+    def __init__(self, path: Path, every: int) -> None:
+        self.path, self.every = path, every
+
+    def after_step(self, trainer: Trainer, module: HealingModule, step: int) -> None:
+        if step % self.every:
+            return
+        for logger in trainer.loggers:
+            logger.save()  # a run that is killed and resumed must not miss lines
+        temporary = self.path.with_name(self.path.name + ".tmp")
+        trainer.save_checkpoint(temporary)
+        if trainer.is_global_zero:
+            os.replace(temporary, self.path)
+
+
+class Watch(StepCallback):
+    """Says how it goes, about `lines` times a stage, and stops a run whose loss is no number any more."""
+
+    def __init__(self, say: Callable[[str], None] | None, every: int, lines: int = 20) -> None:
+        self.say, self.every, self.lines = say, every, lines
+        self._began, self._first = 0.0, 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._began, self._first = time.monotonic(), trainer.global_step
+
+    def after_step(self, trainer: Trainer, module: HealingModule, step: int) -> None:
+        speaks = step % max(1, module.steps // self.lines) == 0 or step == module.steps
+        if step % self.every and not speaks:
+            return
+        name = "loss" if module.transfer is None else "transfer_loss"
+        loss = float(trainer.callback_metrics[name])
+        if not math.isfinite(loss):
+            raise SurgeryError(
+                f"the {name} is {loss} at step {step} of the {module.stage.kind} stage: lower its learning rate, or start "
+                "from the checkpoint before with other data"
+            )
+        stage = module.stage
+        tokens = (step - self._first) * stage.batch_size * stage.accumulate * trainer.world_size * module.rows.shape[1]
+        speed = tokens / max(time.monotonic() - self._began, 1e-9)
+        module.log("tokens_per_second", speed)
+        module.log("lr", trainer.optimizers[0].param_groups[0]["lr"])
+        if self.say is not None and speaks and trainer.is_global_zero:
+            val = trainer.callback_metrics.get("val_loss")
+            tail = "" if val is None else f"  val_loss {float(val):.4f}"
+            self.say(f"  step {step}/{module.steps}  {name} {loss:.4f}{tail}  {speed:,.0f} tokens/s")
