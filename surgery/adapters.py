@@ -1,11 +1,13 @@
-"""The little that surgery has to know about peft: which parameters are adapters, and how to switch them off."""
+"""The little that surgery has to know about peft: adding adapters, finding, disabling and merging them."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
+import torch
 from torch import nn
 
 from .errors import SurgeryError
@@ -25,7 +27,7 @@ def canonical(name: str) -> str:
     return name
 
 
-def _layers(model: nn.Module) -> list[nn.Module]:
+def _layers(model: nn.Module) -> list[Any]:
     tuners = sys.modules.get("peft.tuners.tuners_utils")
     if tuners is None:  # nobody can have made an adapter without importing peft
         return []
@@ -72,3 +74,57 @@ def disabled(model: nn.Module) -> Iterator[None]:
 def unchanged() -> Iterator[None]:
     """Adapters as they are."""
     yield
+
+
+def inject(
+    model: nn.Module, name: str, targets: Iterable[str], *, rank: int, alpha: float, dropout: float = 0.0
+) -> list[nn.Parameter]:
+    """Put a LoRA adapter called `name` on the modules at the paths `targets`; returns its parameters, in fp32.
+
+    Whether other parameters train is left as it was; the output does not change, as B starts at zero.
+
+    Raises:
+        SurgeryError: a target got no adapter.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+
+    targets = list(targets)
+    conv1d = any(type(model.get_submodule(path)).__name__ == "Conv1D" for path in targets)
+    config = LoraConfig(
+        r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, fan_in_fan_out=conv1d, bias="none"
+    )
+    trained = {id(p): p.requires_grad for p in model.parameters()}
+    inject_adapter_in_model(config, model, adapter_name=name)
+    missed = [path for path in targets if name not in getattr(model.get_submodule(path), "lora_A", {})]
+    if missed:
+        raise SurgeryError(
+            f"{len(missed)} of {len(targets)} projections got no adapter (e.g. {missed[0]}, a "
+            f"{type(model.get_submodule(missed[0])).__name__}): peft cannot adapt them, so choose other targets"
+        )
+    for parameter in model.parameters():
+        parameter.requires_grad_(trained.get(id(parameter), False))
+    added = [p for path, p in model.named_parameters() if ".lora_" in path and f".{name}." in path]
+    for parameter in added:
+        parameter.data = parameter.data.to(torch.float32)
+        parameter.requires_grad_(True)
+    return added
+
+
+@torch.no_grad()
+def merge(model: nn.Module) -> int:
+    """Add every adapter to the weights it adapts, and take it out; returns how many modules had one.
+
+    Raises:
+        SurgeryError: the merged weights are not finite.
+    """
+    merged = 0
+    for layer in _layers(model):
+        path = next(path for path, module in model.named_modules() if module is layer)
+        try:
+            layer.merge(safe_merge=True)
+        except ValueError as error:
+            raise SurgeryError(f"the adapter of {path} cannot be merged: {error}") from None
+        parent, _, last = path.rpartition(".")
+        setattr(model.get_submodule(parent), last, layer.get_base_layer())
+        merged += 1
+    return merged

@@ -30,6 +30,12 @@ class Chunk:
         real = None if self.real is None else self.real[:, :tokens]
         return Chunk(self.mixer, self.context.map(lambda tensor: tensor[:, :tokens]), real)
 
+    def cross_entropy(self) -> Tensor:
+        """Scalar: the mean over real tokens and heads of `Mixer.cross_entropy`."""
+        context, _ = compact(self.context, self.real)
+        losses = self.mixer.cross_entropy(context)
+        return losses.mean() if self.real is None else losses.sum() / (self.real.sum() * losses.shape[-1])
+
     def run(self, state: State | None, return_state: bool) -> tuple[Tensor, State | None]:
         context, restore = compact(self.context, self.real)
         output, state = self.mixer(context, state, return_state)

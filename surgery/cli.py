@@ -1,4 +1,4 @@
-"""The command line: surgery recipes | inspect | generate | doctor.
+"""The command line: surgery recipes | inspect | convert | evaluate | generate | doctor.
 
 Nothing heavy is imported before a command needs it, so that `surgery --help` answers at once.
 """
@@ -9,6 +9,7 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -156,6 +157,41 @@ def _loading(what: str, name: str) -> Iterator[None]:
 
 
 @app.command()
+def convert(
+    model: ModelOption,
+    recipe: Annotated[str, typer.Option("--recipe", "-r", help="A shipped name or the path of a YAML file.")],
+    data: Annotated[
+        list[Path],
+        typer.Option("--data", "-d", help="Text, .jsonl or tokens (.npy, .u16), also .gz or .xz; repeatable."),
+    ],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="The folder to make; OUT.run holds the run until it is done.")
+    ],
+    set_: SetOption = None,
+    validation: Annotated[
+        list[Path] | None, typer.Option("--validation", help="Like --data; by default a hundredth is held out.")
+    ] = None,
+    seed: int = 0,
+    precision: Annotated[str, typer.Option(help="auto, 32-true, bf16-mixed or bf16-true.")] = "auto",
+    accelerator: Annotated[str, typer.Option(help="auto, cpu or gpu.")] = "auto",
+    devices: Annotated[int, typer.Option(min=1, help="How many to train on.")] = 1,
+    strategy: Annotated[str, typer.Option(help="Lightning's: auto, ddp ...")] = "auto",
+    save_every: Annotated[int, typer.Option(min=1, help="Optimizer steps between two checkpoints.")] = 50,
+    gradient_checkpointing: Annotated[bool, typer.Option(help="Less memory for more time.")] = False,
+) -> None:
+    """Convert a model, heal it on text by the recipe's stages, and save it. Repeat the command to resume a killed run."""
+    chosen = _read_recipe(recipe, set_)
+    with _loading("model", model):
+        from .training.convert import Options
+        from .training.convert import convert as run
+
+        progress = sys.stdout.isatty()
+        options = Options(seed, precision, accelerator, devices, strategy, save_every, gradient_checkpointing, progress)
+        run(model, chosen, data, out, validation=validation or (), options=options, say=typer.echo)
+    typer.echo(f"surgery generate --model {out} --prompt ... continues a text with it")
+
+
+@app.command()
 def generate(
     model: ModelOption,
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="The text to continue.")],
@@ -188,6 +224,45 @@ def generate(
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(network.device)
     network.generate(**inputs, **sampling, max_new_tokens=max_new_tokens, streamer=TextStreamer(tokenizer))
+
+
+@app.command()
+def evaluate(
+    model: ModelOption,
+    data: Annotated[
+        list[str] | None,
+        typer.Option("--data", "-d", help="Text, .jsonl, .npy or .u16, also .gz or .xz; one domain a file."),
+    ] = None,
+    control: Annotated[
+        list[str] | None, typer.Option(help="A matched control: a model, or the JSON of an earlier run.")
+    ] = None,
+    softmax: Annotated[
+        str | None, typer.Option(help="The softmax model: a model, or the JSON of an earlier run.")
+    ] = None,
+    length: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = 1024,
+    batch_size: Annotated[int, typer.Option(min=1)] = 8,
+    copy_tokens: Annotated[int, typer.Option(min=0, help="Tokens of a piece that is written twice; 0: none.")] = 400,
+    out: Annotated[str, typer.Option(help="Folder, or prefix of the files to write.")] = "evaluation",
+    device: Annotated[str | None, typer.Option(help="cuda if there is one, by default.")] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "float32",
+) -> None:
+    """Measure a model beside its softmax model and its controls: loss, recall, use of the history, memory."""
+    from .evaluation.comparison import write_json
+    from .evaluation.plot import plot
+    from .evaluation.report import remarks, tables
+    from .evaluation.run import Settings, evaluate_folders, output_files
+
+    settings = Settings(length, batch_size, copy_tokens, device, dtype)
+    found = evaluate_folders(model, data or (), softmax=softmax, controls=control or (), settings=settings)
+    for table in tables(found):
+        _show(table)
+    for remark in remarks(found.result):
+        _console().print(remark)
+    numbers, picture = output_files(out)
+    write_json(found, numbers)
+    typer.echo(f"wrote {numbers}")
+    plot(found, picture)
+    typer.echo(f"wrote {picture}")
 
 
 @app.command()

@@ -123,13 +123,17 @@ def revert(model: Model) -> Model:
 
 
 @contextmanager
-def mode(model: nn.Module, name: str, *, loss: TransferLoss | None = None) -> Iterator[Switch]:
+def mode(
+    model: nn.Module, name: str, *, loss: TransferLoss | None = None, cross_entropy: float = 0.0
+) -> Iterator[Switch]:
     """Let the same weights act as another model for a while.
 
     "student": the converted model. "teacher": the softmax model it came from, to the bit, with adapters disabled.
     "transfer": the teacher's output flows on from layer to layer while each mixer's output, on the same q, k and v, is
-    compared with it; `switch.losses` maps layer index to loss (default: mean squared error over real tokens). Only new
-    parameters get gradients then.
+    compared with it; `switch.losses` maps layer index to loss. Only new parameters get gradients then.
+
+    loss: (student, teacher) [real tokens, H, D], twice -> scalar; by default their mean squared error.
+    cross_entropy: adds that much of the cross-entropy between their attention weights, for mixers that have weights.
 
     Raises:
         SurgeryError: an unknown mode, a model that is not converted, or adapters merged into the base weights.
@@ -138,11 +142,11 @@ def mode(model: nn.Module, name: str, *, loss: TransferLoss | None = None) -> It
         raise SurgeryError(f"unknown mode {name!r}: choose one of {', '.join(MODES)}")
     inner = find_model(model)
     switch = _operation(inner).switch
-    previous = switch.mode, switch.transfer_loss
+    previous = switch.mode, switch.transfer_loss, switch.cross_entropy
     with adapters.disabled(inner) if name != "student" else adapters.unchanged():
         try:
             switch.losses.clear()
-            _enter(inner, name, loss or nn.functional.mse_loss)
+            _enter(inner, name, loss or nn.functional.mse_loss, cross_entropy)
             yield switch
         finally:
             _enter(inner, *previous)
@@ -174,10 +178,10 @@ def _operation(model: PreTrainedModel) -> Operation:
     return operation
 
 
-def _enter(model: PreTrainedModel, name: str, loss: TransferLoss | None) -> None:
+def _enter(model: PreTrainedModel, name: str, loss: TransferLoss | None = None, cross_entropy: float = 0.0) -> None:
     operation = _operation(model)
     switch = operation.switch
-    switch.mode, switch.transfer_loss = name, loss
+    switch.mode, switch.transfer_loss, switch.cross_entropy = name, loss, cross_entropy
     for module in converted_layers(model).values():
         use_implementation(module, None if name == "teacher" else IMPLEMENTATION)
     # with no softmax layer left nothing needs a [T, T] mask; otherwise all layers share the model's own
@@ -209,12 +213,12 @@ def _choose(wanted: Layers, count: int) -> tuple[int, ...]:
 
 def _meta_mixer(site: Site, recipe: Recipe) -> Mixer:
     with torch.device("meta"):
-        return recipe.mixer.build(site.shape)
+        return recipe.build(site.shape)
 
 
 def _build(site: Site, recipe: Recipe) -> Mixer:
     with torch.device(_device(site.module)):
-        mixer = recipe.mixer.build(site.shape)
+        mixer = recipe.build(site.shape)
     mixer.train(site.module.training)
     return mixer
 
@@ -235,14 +239,14 @@ def _install(plan: _Plan, mixers: dict[int, Mixer]) -> Operation:
         swap(plan.sites[index], mixer, switch)
     hub.convert_classes(model, plan.recipe, plan.chosen)
     model.surgery = operation
-    _enter(model, "student", None)
+    _enter(model, "student")
     return operation
 
 
 def install(model: PreTrainedModel, recipe: Recipe, layers: tuple[int, ...]) -> None:
     """Convert a model that is being built from a converted config (`hub`), on whatever device it is being built."""
     plan = _plan(model, recipe, layers)
-    _install(plan, {index: recipe.mixer.build(plan.sites[index].shape) for index in plan.chosen})
+    _install(plan, {index: recipe.build(plan.sites[index].shape) for index in plan.chosen})
 
 
 def _report(plan: _Plan, mixers: dict[int, Mixer]) -> Report:

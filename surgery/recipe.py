@@ -45,12 +45,12 @@ class Recipe(Config):
                 continue
             if self.mixer is None:
                 raise ValueError(
-                    f"stages[{index}] transfers attention to a mixer, but mixer is null: remove the stage or name a mixer"
+                    f"stages[{index}] transfers attention to a mixer, but mixer is null: remove the stage, or name one"
                 )
             if stage.loss.cross_entropy and not self.mixer.has_weights:
                 raise ValueError(
-                    f"stages[{index}].loss.cross_entropy compares attention weights, and mixer {self.mixer.kind} has none "
-                    "that sum to one: use mse or normalized_mse"
+                    f"stages[{index}].loss.cross_entropy compares attention weights, and mixer {self.mixer.kind} has "
+                    "none that sum to one: use mse or normalized_mse"
                 )
         return self
 
@@ -62,7 +62,7 @@ class Recipe(Config):
         """
         if self.mixer is None:
             raise SurgeryError(
-                "this recipe has no mixer and converts nothing: it is for training a model as it is, with `surgery convert`"
+                "this recipe has no mixer and converts nothing: it trains a model as it is, with `surgery convert`"
             )
         return self.mixer.build(shape)
 

@@ -21,8 +21,8 @@ class AttentionTransfer(HealingCallback):
     """Attention transfer (LoLCATs, arXiv 2410.10254, §3.2): in every layer the mixer is compared with the softmax
     attention on the same q, k and v, and the softmax output flows on, so that all layers learn in one pass.
 
-    Wraps the module's `training_step`, which goes on running, on what is the softmax model meanwhile. With `replace` its
-    loss is dropped, and nothing flows back through the network; otherwise `weight` times the transfer loss is added.
+    Wraps the module's `training_step`, which goes on running, on what is the softmax model meanwhile. With `replace`
+    its loss is dropped, and nothing flows back through the network; else `weight` times the transfer loss is added.
 
     loss: the terms, a `TransferLoss` or its dict. start, stop: optimizer steps. trains: the new parameters that learn,
     alone, while this is active; afterwards those learn that did before. model: see `HealingCallback`.

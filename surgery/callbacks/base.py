@@ -41,8 +41,8 @@ class HealingCallback(Callback):
         found = find_model(holder)
         if self.needs_conversion and not converted_layers(found):
             raise SurgeryError(
-                f"{type(self).__name__} found {type(found).__name__} unconverted: call surgery.apply(model, recipe) in your "
-                "module's __init__ or configure_model"
+                f"{type(self).__name__} found {type(found).__name__} unconverted: call surgery.apply(model, recipe) in "
+                "your module's __init__ or configure_model"
             )
         return found
 

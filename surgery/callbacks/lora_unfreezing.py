@@ -60,8 +60,8 @@ class LoRAUnfreezing(HealingCallback):
             return
         if self.start and trainer.world_size > 1:
             raise SurgeryError(
-                "LoRAUnfreezing(start=...) changes what learns after the module was wrapped for several processes, which "
-                "would leave the new gradients unsynchronised: run the two stages as two fits, or as `surgery convert`"
+                "LoRAUnfreezing(start=...) changes what learns after the module was wrapped for several processes, "
+                "which would leave the new gradients unsynchronised: run the stages as separate fits"
             )
         model = self.find(pl_module)
         if ADAPTER not in adapters.names(model):
@@ -106,7 +106,8 @@ class LoRAUnfreezing(HealingCallback):
             return
         if len(trainer.optimizers) != 1:
             raise SurgeryError(
-                f"LoRAUnfreezing adds its parameters to the module's optimizer, but there are {len(trainer.optimizers)}: use one"
+                f"LoRAUnfreezing adds its parameters to the optimizer of the module, which has {len(trainer.optimizers)}: "
+                "use one"
             )
         (optimizer,) = trainer.optimizers
         for parameters, lr in ((self._adapters, self.lr), (self._mixers, self.mixer_lr)):

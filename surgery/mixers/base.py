@@ -121,7 +121,7 @@ class Mixer(nn.Module):
         raise TypeError(f"{type(self).__name__} does not define forward")
 
     def cross_entropy(self, context: AttentionContext) -> Tensor:
-        """[B, T, H] fp32, the cross-entropy of the mixer's weights against the layer's softmax weights; 0 at padding."""
+        """[B, T, H] fp32, cross-entropy of the mixer's weights against the layer's softmax weights; zero at padding."""
         raise TypeError(f"{type(self).__name__} has no attention weights to compare")
 
     def init_state(self, batch: int, *, device: torch.device | str, dtype: torch.dtype) -> State:

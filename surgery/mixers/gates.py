@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import math
+from typing import Annotated, Literal
 
-from pydantic import PositiveFloat
+import torch
+from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -41,4 +43,96 @@ class KeyGateConfig(Config):
         return KeyGate(self.normalizer)
 
 
-GateConfig = KeyGateConfig
+class ConstantGate(nn.Module):
+    """A decay of its own for every channel, whatever the tokens are.
+
+    rate: [H_kv, D] fp32, α = exp(-e^rate).
+    """
+
+    def __init__(self, heads: int, head_dim: int, shortest: float, longest: float) -> None:
+        super().__init__()
+        self.shortest, self.longest = shortest, longest
+        self.rate = nn.Parameter(torch.empty(heads, head_dim, dtype=torch.float32))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Half-lives spread evenly in the logarithm over the channels, from `shortest` to `longest` tokens."""
+        spread = half_lives(self.rate.shape[1], self.shortest, self.longest)
+        with torch.no_grad():
+            self.rate.copy_((math.log(2) / spread).log().expand_as(self.rate))
+
+    def forward(self, raw_k: Tensor) -> Tensor:
+        """[B, T, H_kv, D] -> log-gates of the same shape, fp32."""
+        return -precise(self.rate).exp().expand(raw_k.shape)
+
+    def extra_repr(self) -> str:
+        return f"half-lives {self.shortest:g} to {self.longest:g}"
+
+
+class LowRankGate(nn.Module):
+    """GLA's gate: log α = log σ(raw_k A B + b) / normalizer per channel, from all heads' keys (arXiv 2312.06635).
+
+    down: [H_kv·D, rank], up: [rank, H_kv·D], bias: [H_kv·D], fp32.
+    """
+
+    def __init__(self, heads: int, head_dim: int, config: LowRankGateConfig, seed: int) -> None:
+        super().__init__()
+        self.config, self.seed, self.head_dim = config, seed, head_dim
+        width = heads * head_dim
+        self.down = nn.Parameter(torch.empty(width, config.rank, dtype=torch.float32))
+        self.up = nn.Parameter(torch.empty(config.rank, width, dtype=torch.float32))
+        self.bias = nn.Parameter(torch.empty(width, dtype=torch.float32))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """`up` zero, so that the gate starts constant, with half-lives spread as in `ConstantGate`."""
+        config, generator = self.config, torch.Generator("cpu")
+        generator.manual_seed((torch.initial_seed() + self.seed) % 2**63)
+        spread = half_lives(self.head_dim, config.shortest, config.longest).double()
+        alpha = torch.exp2(-config.normalizer / spread)
+        with torch.no_grad():
+            draws = torch.randn(self.down.shape, generator=generator, device="cpu")
+            self.down.copy_(draws / self.down.shape[0] ** 0.5)
+            self.up.zero_()
+            self.bias.copy_(torch.logit(alpha, eps=1e-7).repeat(self.bias.numel() // self.head_dim))
+
+    def forward(self, raw_k: Tensor) -> Tensor:
+        """[B, T, H_kv, D] -> log-gates of the same shape, fp32."""
+        down, up, bias = precise(self.down), precise(self.up), precise(self.bias)
+        logits = precise(raw_k).flatten(2) @ down @ up + bias
+        return functional.logsigmoid(logits).view(raw_k.shape) / self.config.normalizer
+
+    def extra_repr(self) -> str:
+        return f"rank={self.config.rank}, normalizer={self.config.normalizer:g}"
+
+
+def half_lives(count: int, shortest: float, longest: float) -> Tensor:
+    """[count] numbers of tokens, evenly spaced in the logarithm."""
+    return torch.logspace(math.log2(shortest), math.log2(longest), count, base=2.0, device="cpu")
+
+
+class ConstantGateConfig(Config):
+    """A learned constant decay per channel: see `ConstantGate`. shortest, longest: initial half-lives in tokens."""
+
+    kind: Literal["constant"] = "constant"
+    shortest: PositiveFloat = 32.0
+    longest: PositiveFloat = 4096.0
+
+    def build(self, shape: AttentionShape) -> ConstantGate:
+        return ConstantGate(shape.kv_heads, shape.head_dim, self.shortest, self.longest)
+
+
+class LowRankGateConfig(Config):
+    """A gate learned from the keys before norms and rotation: see `LowRankGate`."""
+
+    kind: Literal["low_rank"] = "low_rank"
+    rank: PositiveInt = 16
+    normalizer: PositiveFloat = 16.0
+    shortest: PositiveFloat = 32.0
+    longest: PositiveFloat = 4096.0
+
+    def build(self, shape: AttentionShape) -> LowRankGate:
+        return LowRankGate(shape.kv_heads, shape.head_dim, self, shape.layer)
+
+
+GateConfig = Annotated[KeyGateConfig | ConstantGateConfig | LowRankGateConfig, Field(discriminator="kind")]

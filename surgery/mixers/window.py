@@ -40,4 +40,4 @@ class WindowMixer(Mixer):
         return kernels.window_state(batch, self.window, heads, size, device=device, dtype=dtype)
 
     def describe(self) -> str:
-        return describe_window(self.window)
+        return f"window only, {describe_window(self.window)}"

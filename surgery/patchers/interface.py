@@ -40,6 +40,7 @@ class Switch:
     mode: str = "student"
     implementation: str = "sdpa"
     transfer_loss: TransferLoss | None = None
+    cross_entropy: float = 0.0
     losses: dict[int, Tensor] = field(default_factory=dict)
 
 
@@ -217,9 +218,12 @@ def _transfer(module: nn.Module, inputs: tuple, scaling: float, kwargs: dict, ch
     attention = ALL_ATTENTION_FUNCTIONS.get_interface(switch.implementation, eager)
     with torch.no_grad():
         teacher = attention(module, *inputs, scaling=scaling, **kwargs)[0].detach()
-    context = chunk.context.map(lambda tensor: tensor.detach())
-    student = Chunk(chunk.mixer, context, chunk.real).run(None, return_state=False)[0]
-    switch.losses[module.layer_idx] = switch.transfer_loss(*_select(student, teacher, chunk.real))
+    chunk = Chunk(chunk.mixer, chunk.context.map(lambda tensor: tensor.detach()), chunk.real)
+    student = chunk.run(None, return_state=False)[0]
+    loss = switch.transfer_loss(*_select(student, teacher, chunk.real))
+    if switch.cross_entropy:
+        loss = loss + switch.cross_entropy * chunk.cross_entropy()
+    switch.losses[module.layer_idx] = loss
     return teacher, None
 
 

@@ -40,7 +40,7 @@ class Batches:
 
 
 def steps_of(tokens: int | None, epochs: int | None, rows: Tensor, batch_size: int) -> int:
-    """Optimizer steps of `batch_size` rows (all processes and accumulation together) that a stage takes, at least one."""
+    """Optimizer steps of a stage, at least one. batch_size: rows of a step, all processes and accumulation together."""
     wanted = (epochs or 0) * rows.shape[0] if tokens is None else tokens / rows.shape[1]
     return max(1, round(wanted / batch_size))
 

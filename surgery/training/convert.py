@@ -1,4 +1,4 @@
-"""`surgery convert`: apply a recipe, run its stages, save the result. A run killed at any point goes on when repeated."""
+"""`surgery convert`: apply a recipe, run its stages, save the result; a run that was killed goes on when repeated."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ MERGE_TOLERANCE = 0.1
 class Options:
     """How to run, as far as it is not the recipe's to say.
 
-    seed: of mixers, adapters and the order of the data. precision: lightning's name; "auto": bf16 autocast on a GPU, fp32
-    on a CPU. devices, strategy: lightning's. save_every: optimizer steps between checkpoints. checkpointing: recompute
-    activations instead of keeping them. progress: draw a bar.
+    seed: of mixers, adapters and the order of the data. precision: lightning's name; "auto": bf16 autocast on a GPU,
+    none on a CPU. accelerator, devices, strategy: lightning's. save_every: optimizer steps between checkpoints.
+    checkpointing: recompute activations instead of keeping them. progress: draw a bar.
     """
 
     seed: int = 0

@@ -25,7 +25,7 @@ def new_parameters(model: nn.Module, parts: Iterable[Part]) -> dict[str, nn.Para
         chosen = {name: p for name, p in mixers.items() if name.split(".mixer.")[1].startswith(PREFIXES[part])}
         if not chosen:
             raise SurgeryError(
-                f"the recipe trains {part!r}, but the mixers of this model have no such parameters: take {part!r} out of "
+                f"the recipe trains {part!r}, but the mixers of this model have no such parameters: take it out of "
                 "`trains`, or leave the stage out"
             )
         found |= chosen

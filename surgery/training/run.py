@@ -37,8 +37,8 @@ class Run:
             changed = sorted(key for key in before.keys() | request.keys() if before.get(key) != request.get(key))
             if changed:
                 raise SurgeryError(
-                    f"{self.folder} holds an unfinished run with other {', '.join(changed)}: give the same command to resume "
-                    "it, another --out, or delete that folder to start afresh"
+                    f"{self.folder} holds an unfinished run with other {', '.join(changed)}: give the same command to "
+                    "resume it, another --out, or delete that folder to start afresh"
                 )
             return True
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -102,15 +102,9 @@ def digest(files: Iterable[Path]) -> dict[str, str]:
     """Name -> sha256 of the contents."""
     found = {}
     for file in files:
+        value = hashlib.sha256()
         with file.open("rb") as stream:
-            found[str(file)] = (
-                hashlib.file_digest(stream, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha(stream)
-            )
+            while block := stream.read(1 << 20):
+                value.update(block)
+        found[str(file)] = value.hexdigest()
     return found
-
-
-def _sha(stream: Any) -> str:
-    value = hashlib.sha256()
-    while block := stream.read(1 << 20):
-        value.update(block)
-    return value.hexdigest()

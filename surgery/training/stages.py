@@ -54,7 +54,7 @@ Schedule = Annotated[Constant | Linear | Cosine | Plateau, Field(discriminator="
 
 
 class Cooldown(Config):
-    """Move the temperature of the feature maps from `start` to `end` over the stage; then it goes into their weights."""
+    """Move the feature maps' temperature from `start` to `end` over the stage; then it goes into their weights."""
 
     start: PositiveFloat = 1.0
     end: PositiveFloat
@@ -120,8 +120,8 @@ class AttentionTransfer(Stage):
 class LanguageLoss(Config):
     """Weights of the terms of a language model's loss; at least one is not zero.
 
-    cross_entropy: of the next token. kl: KL(teacher ‖ student) of its distribution, the softmax model being the teacher;
-    both are means per token.
+    cross_entropy: of the next token. kl: KL(teacher ‖ student) of its distribution, where the teacher is the softmax
+    model. Both are means per token.
     """
 
     cross_entropy: NonNegativeFloat = 0.0

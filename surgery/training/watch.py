@@ -103,8 +103,8 @@ class Watch(StepCallback):
         loss = float(trainer.callback_metrics[name])
         if not math.isfinite(loss):
             raise SurgeryError(
-                f"the {name} is {loss} at step {step} of the {module.stage.kind} stage: lower its learning rate, or start "
-                "from the checkpoint before with other data"
+                f"the {name} is {loss} at step {step} of the {module.stage.kind} stage: lower the stage's lr, or set "
+                "its grad_clip"
             )
         stage = module.stage
         tokens = (step - self._first) * stage.batch_size * stage.accumulate * trainer.world_size * module.rows.shape[1]

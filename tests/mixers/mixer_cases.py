@@ -49,6 +49,12 @@ CONFIGS: dict[str, dict] = {
     },
     "liger": {"kind": "gla", "window": WINDOW},
     "gla": {"kind": "gla", "window": None, "mix": None, "gate": {"kind": "key", "normalizer": 2}},
+    "gla-constant": {"kind": "gla", "window": WINDOW, "gate": {"kind": "constant", "shortest": 2, "longest": 64}},
+    "gla-low-rank": {
+        "kind": "gla",
+        "window": WINDOW,
+        "gate": {"kind": "low_rank", "rank": 3, "normalizer": 2, "shortest": 2, "longest": 64},
+    },
     "gla-rotated": {
         "kind": "gla",
         "rope": "rotated",
@@ -57,6 +63,12 @@ CONFIGS: dict[str, dict] = {
         "window": TERRACED,
     },
 }
+
+WITHOUT_HISTORY: dict[str, dict] = {
+    "window": {"kind": "window", "window": WINDOW},
+    "window-sinks": {"kind": "window", "window": TERRACED},
+}
+CONFIGS |= WITHOUT_HISTORY
 
 SHAPE = AttentionShape(heads=4, kv_heads=2, head_dim=8, hidden_size=32, layer=1, layers=3)
 
