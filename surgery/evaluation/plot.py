@@ -1,0 +1,115 @@
+"""The picture of a comparison: loss by position, and memory against context length."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import SurgeryError
+from ..report import _bytes
+from .comparison import Comparison, replacing
+from .result import Evaluation, Memory
+
+INK, MUTED = "#1f2933", "#7b8794"
+CONTROLS = ("#e08e0b", "#b5485d", "#7a5195")
+CONVERTED = "#1f6fb2"
+SMOOTHING = 1.2
+"""The curve at position p is the mean from p / 1.2 to 1.2 p."""
+
+
+def plot(comparison: Comparison, path: Path) -> None:
+    """Write a PNG; the file appears whole or not at all.
+
+    Raises:
+        SurgeryError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise SurgeryError('no plot without matplotlib: pip install "surgery[plot]"') from None
+    figure = Figure(figsize=(11, 4.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
+    _losses(left, comparison)
+    _memory(right, comparison)
+    for axes in (left, right):
+        _style(axes)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=160, format="png", facecolor="white")
+
+
+def smooth_loss(evaluation: Evaluation) -> tuple[np.ndarray, np.ndarray]:
+    """Positions [n] and the loss around each, averaged over the domains of the mean (none: all)."""
+    names = evaluation.mean_over or list(evaluation.domains)
+    loss = np.mean([evaluation.domains[name].position_nll for name in names], 0)
+    total = np.concatenate([[0.0], np.cumsum(loss)])
+    at = np.unique(np.geomspace(1, len(loss), 160).round().astype(int))
+    first = np.maximum(np.round(at / SMOOTHING).astype(int), 1)
+    last = np.minimum(np.round(at * SMOOTHING).astype(int), len(loss))
+    return at, (total[last] - total[first - 1]) / (last - first + 1)
+
+
+def _losses(axes: Any, comparison: Comparison) -> None:
+    curves = {name: smooth_loss(evaluation) for name, evaluation in comparison.named.items()}
+    length = comparison.result.length
+    start = min(8, max(1, length // 8))
+    seen = []
+    for (name, (at, loss)), color in zip(curves.items(), _colors(comparison), strict=True):
+        shown = at >= start
+        axes.plot(at[shown], loss[shown], color=color, linewidth=2, label=name)
+        seen.append(loss[shown])
+    values = np.concatenate(seen)
+    margin = 0.06 * (values.max() - values.min() or 1)
+    axes.set_ylim(values.min() - margin, values.max() + margin)
+    axes.set_xscale("log", base=2)
+    axes.set_xlim(start, length)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    axes.set_title("Loss by position", loc="left", fontweight="bold", color=INK)
+    axes.set_xlabel("tokens before")
+    axes.set_ylabel("nats per token")
+    axes.legend(frameon=False, loc="upper right", labelcolor=INK)
+
+
+def _colors(comparison: Comparison) -> list[str]:
+    controls = [CONTROLS[i % len(CONTROLS)] for i in range(len(comparison.controls))]
+    softmax = [] if comparison.softmax is None else [INK]
+    return [*softmax, *controls, CONVERTED]
+
+
+def _memory(axes: Any, comparison: Comparison) -> None:
+    memory = comparison.result.memory
+    lengths = np.geomspace(max(16, memory.length // 16), memory.length * 64, 200)
+    lines = [(1, "keys and values", INK)]
+    if comparison.result.attention != "softmax":
+        lines.append((0, "converted", CONVERTED))
+    for which, name, color in lines:
+        held = np.array([memory.at(length)[which] for length in lengths.round().astype(int)])
+        axes.plot(lengths, np.maximum(held, 1), color=color, linewidth=2)
+        _label(axes, lengths[-1], memory, which, name, color)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=2)
+    axes.set_xlim(lengths[0], lengths[-1])
+    low, high = axes.get_ylim()
+    axes.set_ylim(low / 1.5, high * 4)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1024:,.0f}k" if value >= 1024 else f"{value:,.0f}")
+    axes.yaxis.set_major_formatter(lambda value, _: _bytes(value))
+    axes.set_title("Memory of one sequence", loc="left", fontweight="bold", color=INK)
+    axes.set_xlabel("context length in tokens")
+
+
+def _label(axes: Any, end: float, memory: Memory, which: int, name: str, color: str) -> None:
+    held = memory.at(int(end))[which]
+    style = {"ha": "right", "va": "bottom", "color": color, "xytext": (-4, 6), "textcoords": "offset points"}
+    axes.annotate(f"{name}: {_bytes(held)}", (end, held), **style)
+
+
+def _style(axes: Any) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(MUTED)
+    axes.tick_params(colors=INK, which="both", length=3, color=MUTED)
+    axes.grid(True, which="major", color=MUTED, alpha=0.18, linewidth=0.8)
+    axes.xaxis.label.set_color(INK)
+    axes.yaxis.label.set_color(INK)

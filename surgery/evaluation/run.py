@@ -1,0 +1,141 @@
+"""`surgery evaluate`: folders and files in, a comparison, a JSON file and a picture out."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import SurgeryError
+from ..training.text import check_vocabulary, read_corpora
+from .comparison import Comparison, compare, read_result
+from .measure import Progress, evaluate
+from .result import Evaluation
+
+DEMO = Path(__file__).resolve().parents[1] / "demo"
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to measure; see `evaluate`. device: None: cuda if there is one. dtype: of `DTYPES`."""
+
+    length: int = 1024
+    batch_size: int = 8
+    copy_tokens: int = 400
+    device: str | None = None
+    dtype: str = "float32"
+
+
+def evaluate_folders(
+    model: str,
+    data: Sequence[str | Path] = (),
+    *,
+    softmax: str | None = None,
+    controls: Sequence[str] = (),
+    settings: Settings = Settings(),
+) -> Comparison:
+    """Evaluate a saved model beside others, each on the same text.
+
+    model: a folder, or a name on the hub. data: files as `read_corpora` reads them, in tokens of the model; none: the
+    held-out text of the embedded model, if `model` is that or a conversion of it. softmax, controls: folders, names, or
+    the JSON files of earlier runs.
+
+    Raises:
+        SurgeryError: a model or a file cannot be read, they do not fit together, or there is no data.
+    """
+    if settings.dtype not in DTYPES:
+        raise SurgeryError(f"unknown dtype {settings.dtype!r}: choose one of {', '.join(DTYPES)}")
+    # files first: they are cheap to refuse
+    earlier = {name: read_result(Path(name)) for name in (softmax, *controls) if name and name.endswith(".json")}
+    config = _config(model)
+    corpora = read_corpora(data or _default_data(model, config), _tokenizer(model, config))
+    check_vocabulary(corpora, config.get_text_config(decoder=True).vocab_size)
+
+    def measured(name: str) -> Evaluation:
+        return earlier[name] if name in earlier else _evaluate_folder(name, corpora, settings)
+
+    result = measured(model)
+    return compare(result, None if softmax is None else measured(softmax), [measured(name) for name in controls])
+
+
+def output_files(out: str) -> tuple[Path, Path]:
+    """JSON and PNG: `evaluation` in a folder (one that exists, or ends with a slash), else with `out` as prefix."""
+    path = Path(out)
+    if out.endswith("/") or path.is_dir():
+        path = path / "evaluation"
+    return path.with_name(path.name + ".json"), path.with_name(path.name + ".png")
+
+
+def _evaluate_folder(name: str, corpora: dict[str, Any], settings: Settings) -> Evaluation:
+    from transformers import AutoModelForCausalLM
+
+    with _loading("model", name):
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=settings.dtype)
+    model.to(settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    sizes = {"length": settings.length, "batch_size": settings.batch_size, "copy_tokens": settings.copy_tokens}
+    with _progress(Path(name).name) as progress:
+        return evaluate(model, corpora, **sizes, name=name, progress=progress)
+
+
+def _config(name: str) -> Any:
+    from transformers import AutoConfig
+
+    with _loading("model", name):
+        return AutoConfig.from_pretrained(name)
+
+
+def _tokenizer(name: str, config: Any) -> Any:
+    """None if there is none: data may be tokens already."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError):
+        return AutoTokenizer.from_pretrained(DEMO) if is_demo(config) else None
+
+
+def _default_data(name: str, config: Any) -> list[Path]:
+    if not is_demo(config):
+        raise SurgeryError(f"no text to evaluate {name} on: name files with --data (text, .jsonl, .npy or .u16)")
+    return [DEMO / "heldout.jsonl"]
+
+
+def is_demo(config: Any) -> bool:
+    """Whether this is the config of the embedded model or of a conversion of it, by its shape."""
+    from transformers import AutoConfig
+
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim")
+    own = AutoConfig.from_pretrained(DEMO)
+    same_type = config.model_type.removeprefix("surgery_") == own.model_type
+    return same_type and all(getattr(config, name, None) == getattr(own, name) for name in names)
+
+
+@contextmanager
+def _loading(what: str, name: str) -> Iterator[None]:
+    """Says in one line what transformers says in many."""
+    try:
+        yield
+    except SurgeryError:
+        raise
+    except (OSError, ValueError) as error:
+        raise SurgeryError(f"cannot load a {what} from {name!r}: {str(error).strip().splitlines()[0]}") from None
+
+
+@contextmanager
+def _progress(name: str) -> Iterator[Progress | None]:
+    """A bar on standard error, if that is a terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import Progress as Bars
+
+    with Bars(console=Console(stderr=True), transient=True) as bars:
+        task = bars.add_task(name)
+        yield lambda what, done, total: bars.update(task, description=f"{name}, {what}", completed=done, total=total)
