@@ -78,7 +78,7 @@ def _check_same(result: Evaluation, other: Evaluation) -> None:
 
 def _differences(domain: str, *models: Evaluation) -> tuple[Tensor, Tensor]:
     """What each window's loss is above in the control than in the result, and than in the softmax model."""
-    result, control, softmax = (torch.tensor(model.domains[domain].window_nll).double() for model in models)
+    result, control, softmax = (torch.tensor(model.domains[domain].window_nll, dtype=torch.float64) for model in models)
     return control - result, control - softmax
 
 

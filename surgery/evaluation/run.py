@@ -53,7 +53,7 @@ def evaluate_folders(
         raise SurgeryError(f"unknown dtype {settings.dtype!r}: choose one of {', '.join(DTYPES)}")
     # files first: they are cheap to refuse
     earlier = {name: read_result(Path(name)) for name in (softmax, *controls) if name and name.endswith(".json")}
-    config = _config(model)
+    config = {name: _config(name) for name in (model, softmax, *controls) if name and name not in earlier}[model]
     corpora = read_corpora(data or _default_data(model, config), _tokenizer(model, config))
     check_vocabulary(corpora, config.get_text_config(decoder=True).vocab_size)
 
