@@ -80,9 +80,10 @@ def _real_tokens(mask: Tensor, length: int, seen: int, window: int | None) -> Te
     elif mask.dim() == 4:
         keep = mask if mask.dtype == torch.bool else mask >= 0
         keep = keep[:, 0]
-        column = min(seen, keep.shape[-1] - length) + torch.arange(length, device=mask.device)
-        real = keep.gather(-1, column.expand(keep.shape[0], -1)[..., None])[..., 0]
-        if keep.shape[-1] == length and length > 1 and not torch.compiler.is_compiling():
+        start = min(seen, keep.shape[-1] - length)
+        keep = keep[..., start : start + length]
+        real = keep.diagonal(dim1=-2, dim2=-1)
+        if length > 1 and not torch.compiler.is_compiling():
             _check_causal(keep, real, window)
     else:
         raise SurgeryError(
