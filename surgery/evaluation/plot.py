@@ -70,7 +70,7 @@ def _losses(axes: Any, comparison: Comparison) -> None:
     axes.set_title("Loss by position", loc="left", fontweight="bold", color=INK)
     axes.set_xlabel("tokens before")
     axes.set_ylabel("nats per token")
-    axes.legend(frameon=False, loc="upper right", labelcolor=INK)
+    axes.legend(frameon=False, loc="best", labelcolor=INK)
 
 
 def _colors(comparison: Comparison) -> list[str]:
@@ -95,7 +95,7 @@ def _memory(axes: Any, comparison: Comparison) -> None:
     low, high = axes.get_ylim()
     axes.set_ylim(low / 1.5, high * 4)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1024:,.0f}k" if value >= 1024 else f"{value:,.0f}")
-    axes.yaxis.set_major_formatter(lambda value, _: _bytes(value))
+    axes.yaxis.set_major_formatter(lambda value, _: _bytes(value).replace(".0 ", " "))
     axes.set_title("Memory of one sequence", loc="left", fontweight="bold", color=INK)
     axes.set_xlabel("context length in tokens")
 

@@ -29,7 +29,7 @@ def remarks(result: Evaluation) -> list[Text]:
     elif result.history_used:
         found.append(Text("the history is used: emptying it costs loss", style="green"))
     else:
-        text = "the history is NOT used: emptying it costs no loss, so the recurrence is dead whatever the loss says"
+        text = "the history is NOT used: emptying it does not raise the loss, so the recurrence is dead at any loss"
         found.append(Text(text, style="bold red"))
     return found
 
