@@ -171,7 +171,13 @@ def main() -> None:
     runs.add_argument("--quick", action="store_true", help="two steps a stage, to see that every row runs")
     arguments = parser.parse_args()
     run(
-        arguments.model, arguments.tokens, arguments.out, arguments.only, arguments.jobs, arguments.seconds, arguments.quick
+        arguments.model,
+        arguments.tokens,
+        arguments.out,
+        arguments.only,
+        arguments.jobs,
+        arguments.seconds,
+        arguments.quick,
     )
 
 

@@ -99,7 +99,8 @@ class LowRankGate(nn.Module):
     def forward(self, raw_k: Tensor) -> Tensor:
         """[B, T, H_kv, D] -> log-gates of the same shape, fp32."""
         down, up, bias = precise(self.down), precise(self.up), precise(self.bias)
-        logits = precise(raw_k).flatten(2) @ down @ up + bias
+        with torch.autocast(raw_k.device.type, enabled=False):
+            logits = precise(raw_k).flatten(2) @ down @ up + bias
         return functional.logsigmoid(logits).view(raw_k.shape) / self.config.normalizer
 
     def extra_repr(self) -> str:

@@ -103,6 +103,8 @@ def convert(
     if run.begin(request):
         say(f"going on with {run.folder}")
 
+    if torch.cuda.is_available():
+        torch.set_float32_matmul_precision("high")  # mixers compute in fp32: training affords tf32, measuring does not
     torch.manual_seed(options.seed)
     network, tokenizer = _load(str(model), recipe), _tokenizer(str(model))
     rows = Rows(files, held, tokenizer, network.config.get_text_config().vocab_size)
@@ -110,6 +112,8 @@ def convert(
     for index, stage in enumerate(recipe.stages):
         say(f"stage {index + 1} of {len(recipe.stages)}: {stage.kind}")
         results.append(_stage(network, index, stage, rows, run, options, say))
+    if options.accelerator != "cpu" and torch.cuda.is_available():
+        network.to("cuda")  # lightning leaves it on the cpu
     return _finish(network, tokenizer, recipe, results, run, request, rows, say)
 
 
