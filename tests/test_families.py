@@ -47,8 +47,8 @@ def feed(model: PreTrainedModel, ids: Tensor, sizes: list[int], cache=None) -> t
     parts = []
     with torch.no_grad():
         for chunk in ids.split(sizes, dim=1):
-            output = model(chunk, past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
+            output = model(chunk, **{zoo.CACHE: cache}, use_cache=True)
+            cache = output[zoo.CACHE]
             parts.append(output.logits)
     return torch.cat(parts, 1), cache
 
@@ -95,12 +95,12 @@ def test_padded_prefill_then_decode(family, recipe):
         cache, got = None, []
         with torch.no_grad():
             output = model(ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp_min(0), use_cache=True)
-            cache = output.past_key_values
+            cache = output[zoo.CACHE]
             for step in range(6):
                 new = torch.cat([row[:, row.shape[1] - 6 + step, None] for row in rows])
                 mask = torch.cat([mask, torch.ones(2, 1, dtype=mask.dtype)], 1)
                 positions = mask.sum(-1, keepdim=True) - 1
-                output = model(new, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
+                output = model(new, attention_mask=mask, position_ids=positions, **{zoo.CACHE: cache}, use_cache=True)
                 got.append(output.logits[:, 0])
         got = torch.stack(got, 1)
         for row, expected in enumerate(alone):
@@ -114,7 +114,7 @@ def test_generation_modes_agree(family, recipe):
     def generate(ids: Tensor, **kwargs) -> Tensor:
         torch.manual_seed(0)
         return model.generate(
-            ids, attention_mask=torch.ones_like(ids), **{"max_new_tokens": 8, "do_sample": False, **kwargs}
+            ids, **{"attention_mask": torch.ones_like(ids), "max_new_tokens": 8, "do_sample": False, **kwargs}
         )
 
     greedy = generate(prompt, use_cache=False)
@@ -128,8 +128,14 @@ def test_generation_modes_agree(family, recipe):
     sampling = {"do_sample": True, "num_return_sequences": 3}
     assert torch.equal(generate(prompt, **sampling), generate(prompt, **sampling, use_cache=False))
 
+    short = prompt[1:, :15]
+    ids, mask = zoo.pad([prompt[:1], short], "left")
+    for kind in ("dynamic", "static"):
+        padded = generate(ids, attention_mask=mask, cache_implementation=kind)
+        assert torch.equal(padded[0], greedy[0]) and torch.equal(padded[1, 26:], generate(short)[0, 15:]), kind
+
     first = generate(prompt, max_new_tokens=4, return_dict_in_generate=True)
-    assert torch.equal(generate(first.sequences, past_key_values=first.past_key_values, max_new_tokens=4), greedy)
+    assert torch.equal(generate(first.sequences, **{zoo.CACHE: first[zoo.CACHE]}, max_new_tokens=4), greedy)
 
 
 @pytest.mark.parametrize("family", zoo.FAMILIES)

@@ -147,12 +147,12 @@ def test_caches_of_teacher_and_student_do_not_mix():
     model = zoo.convert(zoo.build("llama"), "llama/lolcats", window=8)
     ids = zoo.tokens(1, 12)
     with torch.no_grad():
-        student = model(ids, use_cache=True).past_key_values
+        student = model(ids, use_cache=True)[zoo.CACHE]
         with surgery.mode(model, "teacher"):
-            teacher = model(ids, use_cache=True).past_key_values
+            teacher = model(ids, use_cache=True)[zoo.CACHE]
             with pytest.raises(surgery.SurgeryError, match="start from a new cache"):
-                model(ids[:, :1], past_key_values=student)
+                model(ids[:, :1], **{zoo.CACHE: student})
         with pytest.raises(surgery.SurgeryError, match="already holds keys and values"):
-            model(ids[:, :1], past_key_values=teacher)
+            model(ids[:, :1], **{zoo.CACHE: teacher})
     with pytest.raises(surgery.SurgeryError, match="unknown mode 'techer'"), surgery.mode(model, "techer"):
         pass

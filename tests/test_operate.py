@@ -348,11 +348,11 @@ def test_masks_that_cannot_be_followed(layers):
 def test_tree_masks_over_a_filled_cache():
     model, cache = convert(zoo.build("llama")), DynamicCache()
     with torch.no_grad():
-        model(IDS[:, :26], past_key_values=cache)
+        model(IDS[:, :26], **{zoo.CACHE: cache})
         mask = torch.ones(2, 1, 4, 30, dtype=torch.bool).tril(26)
         mask[..., 3, 27] = False  # the last token follows another branch
         with pytest.raises(surgery.SurgeryError, match="not causal over real tokens"):
-            model(IDS[:, 26:], attention_mask=mask, past_key_values=cache)
+            model(IDS[:, 26:], attention_mask=mask, **{zoo.CACHE: cache})
 
 
 def test_continuous_batching():
@@ -386,9 +386,9 @@ def test_decode_memory_is_what_the_report_says_at_any_length(recipe, dtype):
     for length in (64, 4096):
         ids, cache = zoo.tokens(2, length + 2), DynamicCache()
         with torch.no_grad():
-            model(ids[:, :length], past_key_values=cache, logits_to_keep=1)
+            model(ids[:, :length], **{zoo.CACHE: cache}, logits_to_keep=1)
             for step in range(length, length + 2):
-                model(ids[:, step, None], past_key_values=cache)
+                model(ids[:, step, None], **{zoo.CACHE: cache})
         held[length] = allocated(cache)
         assert sum(layer.nbytes for layer in cache.layers) == held[length]
     assert held[64] == held[4096] == 2 * model.surgery.report.state_bytes
@@ -405,13 +405,12 @@ def test_compiled_decoding_over_a_static_cache(recipe):
     whole, cache = logits(model), StaticCache(model.config, max_cache_len=40)
     counter = CompileCounterWithBackend("eager")
     step = torch.compile(model, backend=counter, fullgraph=True)
-    argument = "past_key_values" if "past_key_values" in model.forward.__code__.co_varnames else "cache"
     with torch.no_grad():
-        model(IDS[:, :20], **{argument: cache})
+        model(IDS[:, :20], **{zoo.CACHE: cache})
         buffers = [tensor.data_ptr() for layer in cache.layers for tensor in layer.state.values()]
         for index in range(20, 30):
             position = torch.full((2, 1), index)
-            got = step(IDS[:, index, None], position_ids=position, **{argument: cache}).logits[:, 0]
+            got = step(IDS[:, index, None], position_ids=position, **{zoo.CACHE: cache}).logits[:, 0]
             assert zoo.relative(got, whole[:, index]) <= 1e-5
     assert counter.frame_count == 1
     assert [tensor.data_ptr() for layer in cache.layers for tensor in layer.state.values()] == buffers

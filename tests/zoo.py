@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import torch
 from transformers import (
     AutoModelForCausalLM,
@@ -10,6 +12,7 @@ from transformers import (
     GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
+    LlamaForCausalLM,
     MistralConfig,
     MixtralConfig,
     Olmo2Config,
@@ -26,6 +29,9 @@ from surgery.cache import RecurrentLayer
 from surgery.patchers.interface import converted_layers
 
 VOCAB = 97
+CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
+"""How this version of transformers calls the cache, as an argument and in outputs."""
+
 RECURRENT_STATES = {"S", "z"}
 SHAPE = dict(
     vocab_size=VOCAB,

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import UnsupportedModelError
 from ..mixers.base import AttentionShape
 from .families import FAMILIES, Family
-from .interface import IMPLEMENTATION, Site, Surgical
+from .interface import IMPLEMENTATION, Site, Surgical, converted_layers, original_class
 
 MODEL_TYPE_PREFIX = "surgery_"
 WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine", "DataParallel")
@@ -33,8 +36,8 @@ def find_model(model: nn.Module) -> PreTrainedModel:
     for path, module in model.named_modules():
         if type(module).__name__ in WRAPPERS or type(module).__name__.startswith("FSDP"):
             raise UnsupportedModelError(
-                f"{path or 'the model'} is already wrapped by {type(module).__name__}: apply surgery before wrapping, so "
-                "that new parameters are wrapped too"
+                f"{path or 'the model'} is already wrapped by {type(module).__name__}: apply surgery before wrapping, "
+                "so that new parameters are wrapped too"
             )
     found: dict[str, PreTrainedModel] = {}
     for path, module in model.named_modules():
@@ -43,8 +46,8 @@ def find_model(model: nn.Module) -> PreTrainedModel:
             found[path] = module
     if not found:
         raise UnsupportedModelError(
-            f"no Hugging Face model found in {type(model).__name__}: surgery converts PreTrainedModel instances, alone or "
-            "inside another module"
+            f"no Hugging Face model found in {type(model).__name__}: surgery converts PreTrainedModel instances, alone "
+            "or inside another module"
         )
     if len(found) > 1:
         listing = ", ".join(f"{path} ({type(module).__name__})" for path, module in found.items())
@@ -59,25 +62,40 @@ def find_sites(model: PreTrainedModel) -> list[Site]:
     """Every attention module of `model` that can be converted, in layer order. Touches nothing.
 
     Raises:
-        UnsupportedModelError: unknown architecture, no attention, already converted, a patched forward, or attention that
-            is not causal self-attention.
+        UnsupportedModelError: unknown architecture, no attention, already converted, a patched forward, or attention
+            that is not causal self-attention.
     """
     name = type(model).__name__
-    if any(isinstance(module, Surgical) for module in model.modules()):
+    converted = next(iter(converted_layers(model).values()), None)
+    if converted is not None:
         raise UnsupportedModelError(
-            f"this {name} is already converted (recipe {model.surgery.recipe.mixer.kind!r}): call surgery.revert(model) "
-            "first, or load the original again"
+            f"this {name} is already converted (to {converted.mixer.describe()}): call surgery.revert(model) first, or "
+            "load the original again"
         )
     family = _family(model)
     config = model.config.get_text_config(decoder=True)
     modules = [(path, module) for path, module in model.named_modules() if type(module).__name__ == family.attention]
     if not modules:
         raise UnsupportedModelError(
-            f"{name} has no {family.attention} modules, so there is no softmax attention to convert: pass the model that "
-            "holds the decoder layers"
+            f"{name} has no {family.attention} modules, so there is no softmax attention to convert: pass the model "
+            "that holds the decoder layers"
         )
     layers = len(modules)
     return [Site(path, module, family, _shape(path, module, config, layers)) for path, module in modules]
+
+
+def projections(model: PreTrainedModel, roles: Iterable[str]) -> list[str]:
+    """Paths of the attention projections that play `roles` (q, k, v, o), of converted and softmax layers alike.
+
+    A fused projection plays several roles and is listed once.
+    """
+    family = _family(model)
+    found = []
+    for path, module in model.named_modules():
+        cls = original_class(type(module)) if isinstance(module, Surgical) else type(module)
+        if cls.__name__ == family.attention:
+            found += [f"{path}.{getattr(family, role)}" for role in roles]
+    return list(dict.fromkeys(found))
 
 
 def _family(model: PreTrainedModel) -> Family:
@@ -100,7 +118,7 @@ def _family(model: PreTrainedModel) -> Family:
     )
 
 
-def _shape(path: str, module: nn.Module, config: object, layers: int) -> AttentionShape:
+def _shape(path: str, module: Any, config: Any, layers: int) -> AttentionShape:
     if not getattr(module, "is_causal", True) or getattr(module, "is_cross_attention", False):
         raise UnsupportedModelError(f"{path} is not causal self-attention, and only that is supported for this family")
     if getattr(module, "layer_idx", None) is None:
@@ -124,4 +142,4 @@ def _shape(path: str, module: nn.Module, config: object, layers: int) -> Attenti
     )
 
 
-__all__ = ["IMPLEMENTATION", "MODEL_TYPE_PREFIX", "base_model_type", "find_model", "find_sites"]
+__all__ = ["IMPLEMENTATION", "MODEL_TYPE_PREFIX", "base_model_type", "find_model", "find_sites", "projections"]
