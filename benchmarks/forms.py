@@ -4,8 +4,8 @@
     python -m benchmarks.forms table OUT                                           # Markdown, from the results
 
 Every row is one `surgery convert` and one `surgery evaluate`, as commands; `run` does several at a time on one GPU and
-leaves out rows that are done. Budgets are those of the reference conversions: steps of 16 x 1,024 tokens, 150 of attention
-transfer and 250 of language modelling, or 400 of the latter where there is nothing to transfer.
+leaves out rows that are done. Budgets are those of the reference conversions: steps of 16 x 1,024 tokens, 150 of
+attention transfer and 250 of language modelling, or 400 of the latter where there is nothing to transfer.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 
 STEP = 16 * 1024
 TRANSFER, LANGUAGE, ALL = 150 * STEP, 250 * STEP, 400 * STEP
-COMMON = {"batch_size": 16, "accumulate": 1, "epochs": None, "sequence_length": 1024}
+COMMON = {"batch_size": 8, "accumulate": 2, "epochs": None, "sequence_length": 1024}
 KL = {"loss": {"kl": 1}}
 
 
@@ -121,7 +121,8 @@ def run(model: Path, tokens: Path, out: Path, only: list[str], jobs: int, second
     """Run the rows that are not done; none is started after `seconds`."""
     began, log = time.monotonic(), out / "logs"
     log.mkdir(parents=True, exist_ok=True)
-    wanted = [row for row in ROWS if (not only or row.name in only) and not (out / f"{row.name}.json").exists()]
+    named = {row.name: row for row in ROWS}
+    wanted = [named[name] for name in only or named if not (out / f"{name}.json").exists()]
 
     def one(row: Row) -> str:
         if time.monotonic() - began > seconds:

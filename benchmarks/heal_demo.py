@@ -3,8 +3,8 @@
     python benchmarks/pretrain_demo.py corpus      # makes build/demo/train.npy
     python benchmarks/heal_demo.py build/demo/train.npy build/demo/dev.npy [--out surgery/demo]
 
-Both are `surgery convert` with shipped recipes: `llama/logmass`, and the same window, adapters, tokens and loss without the
-linear branch. Takes about three minutes on one H100.
+Both are `surgery convert` with shipped recipes: `llama/logmass`, and the same window, adapters, tokens and loss without
+the linear branch. Takes about three minutes on one H100.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import tempfile
 from pathlib import Path
 
 DEMO = Path(__file__).resolve().parents[1] / "surgery" / "demo"
-TRANSFER = {"tokens": 8_000_000, "batch_size": 32, "sequence_length": 1024}
-LANGUAGE = {**TRANSFER, "tokens": 16_000_000, "loss": {"kl": 1}, "lr": 1e-3}
+TRANSFER = {"tokens": 5_000_000, "batch_size": 16, "sequence_length": 1024}
+LANGUAGE = {**TRANSFER, "tokens": 12_000_000, "loss": {"kl": 1}, "lr": 1e-3}
 
 
 def settings(index: int, values: dict) -> list[str]:
