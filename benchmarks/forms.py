@@ -1,7 +1,8 @@
 """The form search: which mix, gate, rotation, loss and stage split gives most, each row beside its own control.
 
     python -m benchmarks.forms run MODEL TOKENS OUT [--only NAME ...] [--jobs 4]    # TOKENS: *.train.*, *.val.* files
-    python -m benchmarks.forms table OUT                                           # Markdown, from the results
+    python -m benchmarks.forms table OUT --save benchmarks/results/forms.json      # Markdown, from what is in OUT
+    python -m benchmarks.forms table benchmarks/results/forms.json
 
 Every row is one `surgery convert` and one `surgery evaluate`, as commands; `run` does several at a time on one GPU and
 leaves out rows that are done. Budgets are those of the reference conversions: steps of 16 x 1,024 tokens, 150 of
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -58,6 +60,10 @@ def two(**more: Any) -> dict[str, Any]:
     return stage(0, TRANSFER) | stage(1, LANGUAGE) | more
 
 
+def kl(**more: Any) -> dict[str, Any]:
+    return two(**{"stages.1.loss": {"kl": 1}, **more})
+
+
 def paper(recipe: str) -> dict[str, Any]:
     """Budgets as above, everything else as the recipe has it, the plateau looking as often as 400 steps allow."""
     plateau = {f"stages.{i}.schedule.every": 25 for i in range(1 if recipe.endswith("gla") else 2)}
@@ -67,7 +73,7 @@ def paper(recipe: str) -> dict[str, Any]:
 
 LOGMASS, LIGER = "llama/logmass", "llama/liger-gla"
 LIGER_LIKE = stage(0, ALL, rank=16, alpha=32, targets=["q", "k", "v", "o"], lr=3e-4, trains=["mixer"], mixer_lr=3e-3)
-LIGER_LIKE |= {"stages.0.schedule": {"kind": "cosine", "warmup": 20}}
+LIGER_LIKE |= {"stages.0.loss": {"kl": 1}, "stages.0.schedule": {"kind": "cosine", "warmup": 20}}
 ROWS = [
     Row("softmax-ce", "control/softmax-lora", stage(0, LANGUAGE)),
     Row("window-ce", "control/window-lora", stage(0, LANGUAGE)),
@@ -83,29 +89,29 @@ ROWS = [
     Row("joint", LOGMASS, two(**{"mixer.mix": {"kind": "joint"}, "mixer.state": "head",
         "stages.0.loss": {"normalized_mse": 1}, "stages.1.trains": []})),
     Row("logmass", LOGMASS, two()),
-    Row("logmass-kl", LOGMASS, two(**{"stages.1.loss": {"kl": 1}}), "window-kl"),
+    Row("logmass-kl", LOGMASS, kl(), "window-kl"),
     # one thing at a time, from logmass-kl
-    Row("mse-transfer", LOGMASS, two(**{"stages.1.loss": {"kl": 1}, "stages.0.loss": {"normalized_mse": 1}}), "window-kl"),
-    Row("ce-transfer", LOGMASS, two(**{"stages.1.loss": {"kl": 1}, "stages.0.loss": {"cross_entropy": 1}}), "window-kl"),
+    Row("mse-transfer", LOGMASS, kl(**{"stages.0.loss": {"normalized_mse": 1}}), "window-kl"),
+    Row("ce-transfer", LOGMASS, kl(**{"stages.0.loss": {"cross_entropy": 1}}), "window-kl"),
     Row("no-transfer", LOGMASS, stage(0, STEP) | stage(1, ALL, **KL), "window-kl-400"),
     Row("window-kl-400", "control/window-lora", stage(0, ALL, **KL)),
-    Row("raw", LOGMASS, two(**{"stages.1.loss": {"kl": 1}, "mixer.rope": "raw"}), "window-kl"),
-    Row("per-head", LOGMASS, two(**{"stages.1.loss": {"kl": 1}, "mixer.state": "head"}), "window-kl"),
-    Row("exp-map", LOGMASS, two(**{"stages.1.loss": {"kl": 1}, "mixer.feature_map.kind": "exp"}), "window-kl"),
-    Row("features-128", LOGMASS, two(**{"stages.1.loss": {"kl": 1}, "mixer.feature_map.features": 128}), "window-kl"),
-    Row("sinks", LOGMASS, two(**{"stages.1.loss": {"kl": 1}, "mixer.window.sinks": 4}), "window-sinks-kl"),
+    Row("raw", LOGMASS, kl(**{"mixer.rope": "raw"}), "window-kl"),
+    Row("per-head", LOGMASS, kl(**{"mixer.state": "head"}), "window-kl"),
+    Row("exp-map", LOGMASS, kl(**{"mixer.feature_map.kind": "exp"}), "window-kl"),
+    Row("features-128", LOGMASS, kl(**{"mixer.feature_map.features": 128}), "window-kl"),
+    Row("sinks", LOGMASS, kl(**{"mixer.window.sinks": 4}), "window-sinks-kl"),
     Row("window-sinks-kl", "control/window-lora", stage(0, LANGUAGE, **KL) | {"mixer.window.sinks": 4}),
-    Row("terraced", LOGMASS, two(**{"stages.1.loss": {"kl": 1}, "mixer.window.layout": "terraced"}), "window-terraced-kl"),
+    Row("terraced", LOGMASS, kl(**{"mixer.window.layout": "terraced"}), "window-terraced-kl"),
     Row("window-terraced-kl", "control/window-lora", stage(0, LANGUAGE, **KL) | {"mixer.window.layout": "terraced"}),
-    Row("fast-mixer", LOGMASS, two(**{"stages.1.loss": {"kl": 1}, "stages.1.mixer_lr": 3e-3}), "window-kl"),
-    Row("joint-kl", LOGMASS, two(**{"mixer.mix": {"kind": "joint"}, "stages.1.loss": {"kl": 1}}), "window-kl"),
-    Row("average-kl", LOGMASS, two(**{"mixer.mix": {"kind": "average"}, "stages.1.loss": {"kl": 1},
+    Row("fast-mixer", LOGMASS, kl(**{"stages.1.mixer_lr": 3e-3}), "window-kl"),
+    Row("joint-kl", LOGMASS, kl(**{"mixer.mix": {"kind": "joint"}}), "window-kl"),
+    Row("average-kl", LOGMASS, kl(**{"mixer.mix": {"kind": "average"},
         "stages.0.loss": {"normalized_mse": 1}}), "window-kl"),
     # gates, all with the same adapters, rates and loss
-    Row("gate-key", LIGER, LIGER_LIKE | {"stages.0.loss": {"kl": 1}, "stages.0.trains": []}, "window-kl-400"),
-    Row("gate-low-rank", LIGER, LIGER_LIKE | {"stages.0.loss": {"kl": 1}, "mixer.gate": {"kind": "low_rank"}}, "window-kl-400"),
-    Row("gate-constant", LIGER, LIGER_LIKE | {"stages.0.loss": {"kl": 1}, "mixer.gate": {"kind": "constant"}}, "window-kl-400"),
-    Row("gate-low-rank-rotated", LIGER, LIGER_LIKE | {"stages.0.loss": {"kl": 1}, "mixer.gate": {"kind": "low_rank"},
+    Row("gate-key", LIGER, LIGER_LIKE | {"stages.0.trains": []}, "window-kl-400"),
+    Row("gate-low-rank", LIGER, LIGER_LIKE | {"mixer.gate": {"kind": "low_rank"}}, "window-kl-400"),
+    Row("gate-constant", LIGER, LIGER_LIKE | {"mixer.gate": {"kind": "constant"}}, "window-kl-400"),
+    Row("gate-low-rank-rotated", LIGER, LIGER_LIKE | {"mixer.gate": {"kind": "low_rank"},
         "mixer.rope": "rotated"}, "window-kl-400"),
     # the same again from other seeds, where a difference decides something
     Row("softmax-ce-1", "control/softmax-lora", stage(0, LANGUAGE), seed=1),
@@ -113,7 +119,7 @@ ROWS = [
     Row("lolcats-1", "llama/lolcats", paper("llama/lolcats"), "window-lolcats", seed=1),
     Row("liger-gla-1", LIGER, paper(LIGER), "window-liger", seed=1),
     Row("logmass-1", LOGMASS, two(), "window-ce-1", seed=1),
-    Row("logmass-kl-1", LOGMASS, two(**{"stages.1.loss": {"kl": 1}}), "window-kl", seed=1),
+    Row("logmass-kl-1", LOGMASS, kl(), "window-kl", seed=1),
 ]  # fmt: skip
 
 
@@ -160,6 +166,71 @@ def run(model: Path, tokens: Path, out: Path, only: list[str], jobs: int, second
             print(line, f"({time.monotonic() - began:.0f} s)", flush=True)
 
 
+def collect(out: Path) -> dict[str, Any]:
+    """What the rows in `out` found, reduced to what a table needs; of a row not evaluated, its last validation loss."""
+    rows: dict[str, Any] = {}
+    for row in ROWS:
+        described = {"recipe": row.recipe, "changes": row.changes, "control": row.control, "seed": row.seed}
+        path, log = out / f"{row.name}.json", out / "logs" / f"{row.name}.log"
+        if path.exists():
+            found = json.loads(path.read_text())
+            stages, result = found["healing"]["stages"], found["evaluation"]["result"]
+            for domain in result["domains"].values():
+                domain["position_nll"] = []
+                domain["window_nll"] = [round(value, 5) for value in domain["window_nll"]]
+            described |= {"changes": found["row"]["changes"], "stages": stages, "evaluation": result}
+            described["validation"] = stages[-1]["losses"][-1][1]
+        elif log.exists():
+            last = re.findall(r"step (\d+)/\1  loss \S+  val_loss (\S+)", log.read_text())
+            if not last:
+                continue
+            described["validation"] = float(last[-1][1])
+        else:
+            continue
+        rows[row.name] = described
+    return rows
+
+
+def table(rows: dict[str, Any], softmax: str = "softmax-ce", common: str = "window-ce") -> str:
+    """Markdown: losses, gap closed against the common control and the row's own, use of the history, minutes."""
+    from surgery.evaluation.result import Evaluation
+
+    found = {name: Evaluation.from_dict(row["evaluation"]) for name, row in rows.items() if "evaluation" in row}
+    domains = list(found[softmax].domains)
+    heads = ["row", *(d.removesuffix(".val") for d in domains), "validation", "gap, common", "gap, own"]
+    heads += ["history emptied", "copy, 1st → 2nd", "minutes"]
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for name, row in rows.items():
+        cells = [*["–"] * len(domains), f"{row['validation']:.4f}", *["–"] * 5]
+        if name in found:
+            own = None if row["recipe"].startswith("control/") else row["control"]
+            cells = [*_losses(found[name], row["validation"]), _gap(found, name, common, softmax)]
+            cells += [_gap(found, name, own, softmax), *_uses(found[name], domains[0])]
+            cells.append(f"{sum(stage['seconds'] for stage in row['stages']) / 60:.1f}")
+        lines.append("| " + " | ".join([name, *cells]) + " |")
+    return "\n".join(lines)
+
+
+def _losses(result: Any, validation: float) -> list[str]:
+    return [*(f"{domain.nll:.3f}" for domain in result.domains.values()), f"{validation:.4f}"]
+
+
+def _gap(found: dict[str, Any], name: str, control: str | None, softmax: str) -> str:
+    from surgery.evaluation.gap import gap_closed
+
+    if control not in found or name in (control, softmax):
+        return "–"
+    mean = gap_closed(found[name], found[control], found[softmax]).mean
+    return "–" if mean is None else f"{100 * mean.value:.1f} ± {100 * (mean.stderr or 0):.1f} %"
+
+
+def _uses(result: Any, first: str) -> list[str]:
+    histories = [result.domains[domain].history for domain in result.mean_over]
+    used = f"{sum(h.emptied_difference for h in histories) / len(histories):+.3f}" if all(histories) else "–"
+    copy = result.domains[first].copy
+    return [used, "–" if copy is None else f"{copy.first:.3f} → {copy.second:.3f}"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -170,7 +241,16 @@ def main() -> None:
     runs.add_argument("--jobs", type=int, default=4)
     runs.add_argument("--seconds", type=float, default=1e9, help="start no row after these")
     runs.add_argument("--quick", action="store_true", help="two steps a stage, to see that every row runs")
+    tables = commands.add_parser("table")
+    tables.add_argument("out", type=Path, help="what `run` wrote, or what --save kept of it")
+    tables.add_argument("--save", type=Path, help="keep the rows as one JSON file")
     arguments = parser.parse_args()
+    if arguments.command == "table":
+        rows = json.loads(arguments.out.read_text()) if arguments.out.is_file() else collect(arguments.out)
+        if arguments.save:
+            arguments.save.write_text(json.dumps(rows, separators=(",", ":")) + "\n")
+        print(table(rows))
+        return
     run(
         arguments.model,
         arguments.tokens,
