@@ -1,11 +1,16 @@
 """Swap the softmax attention of pretrained models for linear recurrences."""
 
+from typing import TYPE_CHECKING, Any
+
 from .errors import RecipeError, SurgeryError, UnsupportedModelError
 from .hub import from_pretrained, register_configs
 from .operate import apply, inspect, mode, revert
 from .recipe import Recipe, list_recipes, load_recipe
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from .callbacks import callbacks_for
 
 __all__ = [
     "Recipe",
@@ -14,6 +19,7 @@ __all__ = [
     "UnsupportedModelError",
     "__version__",
     "apply",
+    "callbacks_for",
     "from_pretrained",
     "inspect",
     "list_recipes",
@@ -23,3 +29,12 @@ __all__ = [
 ]
 
 register_configs()
+
+
+def __getattr__(name: str) -> Any:
+    # lightning takes a while to import, and only those who train need it
+    if name == "callbacks_for":
+        from .callbacks import callbacks_for
+
+        return callbacks_for
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -179,7 +179,7 @@ def convert(
     save_every: Annotated[int, typer.Option(min=1, help="Optimizer steps between two checkpoints.")] = 50,
     gradient_checkpointing: Annotated[bool, typer.Option(help="Less memory for more time.")] = False,
 ) -> None:
-    """Convert a model, heal it on text by the recipe's stages, and save it. Repeat the command to resume a killed run."""
+    """Convert a model, heal it on text by the recipe's stages, and save it. Repeat it to resume a killed run."""
     chosen = _read_recipe(recipe, set_)
     with _loading("model", model):
         from .training.convert import Options

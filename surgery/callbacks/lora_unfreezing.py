@@ -106,8 +106,8 @@ class LoRAUnfreezing(HealingCallback):
             return
         if len(trainer.optimizers) != 1:
             raise SurgeryError(
-                f"LoRAUnfreezing adds its parameters to the optimizer of the module, which has {len(trainer.optimizers)}: "
-                "use one"
+                f"LoRAUnfreezing adds its parameters to the module's optimizer, which has to be one alone: there are "
+                f"{len(trainer.optimizers)}"
             )
         (optimizer,) = trainer.optimizers
         for parameters, lr in ((self._adapters, self.lr), (self._mixers, self.mixer_lr)):

@@ -13,15 +13,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from .. import adapters, hub
-from ..callbacks import AttentionTransfer, LoRAUnfreezing, TemperatureCooldown
+from ..callbacks import AttentionTransfer
 from ..callbacks.lora_unfreezing import ADAPTER
+from ..callbacks.recipes import stage_callbacks
 from ..errors import SurgeryError
 from ..patchers.sites import projections
 from ..recipe import Recipe
@@ -165,23 +166,6 @@ def adapter_of(stage: LoRA, network: PreTrainedModel) -> dict[str, Any]:
     return {"name": ADAPTER, "targets": targets, "rank": stage.rank, "alpha": stage.alpha, "dropout": stage.dropout}
 
 
-def callbacks_of(stage: StageConfig) -> list[Callback]:
-    """The callbacks that make a stage of a fit of its own."""
-    cooling = stage.temperature
-    found: list[Callback] = []
-    if isinstance(stage, LoRA):
-        found.append(
-            LoRAUnfreezing(
-                rank=stage.rank, alpha=stage.alpha, dropout=stage.dropout, targets=stage.targets, trains=stage.trains
-            )
-        )
-    else:
-        found.append(AttentionTransfer(stage.loss, trains=tuple(stage.trains)))
-    if cooling is not None:
-        found.append(TemperatureCooldown(cooling.end, begin=cooling.start, shape=cooling.shape))
-    return found
-
-
 def _stage(
     network: PreTrainedModel, index: int, stage: StageConfig, rows: Rows, run: Run, options: Options, say: Say
 ) -> StageResult:
@@ -200,7 +184,7 @@ def _stage(
     )
 
     torch.manual_seed(options.seed + 1000 * (index + 1))
-    callbacks = callbacks_of(stage)
+    callbacks = stage_callbacks(stage)
     transfer = next((c for c in callbacks if isinstance(c, AttentionTransfer)), None)
     module = HealingModule(network, stage, train, steps=steps, start=start, seed=options.seed, transfer=transfer)
     every = stage.schedule.every if isinstance(stage.schedule, Plateau) else max(1, steps // 10)
