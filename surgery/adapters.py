@@ -70,12 +70,6 @@ def disabled(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(flag)
 
 
-@contextmanager
-def unchanged() -> Iterator[None]:
-    """Adapters as they are."""
-    yield
-
-
 def inject(
     model: nn.Module, name: str, targets: Iterable[str], *, rank: int, alpha: float, dropout: float = 0.0
 ) -> list[nn.Parameter]:

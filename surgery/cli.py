@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from .errors import SurgeryError
+from .errors import SurgeryError, loading
 
 if TYPE_CHECKING:
     from .recipe import Recipe
@@ -138,22 +136,10 @@ def _inspect(name: str, recipe: Recipe, layers: list[int] | None) -> Any:
 
     import surgery
 
-    with _loading("model", name):
+    with loading("model", name):
         config = AutoConfig.from_pretrained(name)
     with torch.device("meta"):
         return surgery.inspect(AutoModelForCausalLM.from_config(config), recipe, layers=layers)
-
-
-@contextmanager
-def _loading(what: str, name: str) -> Iterator[None]:
-    """Says in one line what transformers says in many."""
-    try:
-        yield
-    except SurgeryError:
-        raise
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise SurgeryError(f"cannot load a {what} from {name!r}: {reason}") from None
 
 
 @app.command()
@@ -174,20 +160,19 @@ def convert(
     seed: int = 0,
     precision: Annotated[str, typer.Option(help="auto, 32-true, bf16-mixed or bf16-true.")] = "auto",
     accelerator: Annotated[str, typer.Option(help="auto, cpu or gpu.")] = "auto",
-    devices: Annotated[int, typer.Option(min=1, help="How many to train on.")] = 1,
-    strategy: Annotated[str, typer.Option(help="Lightning's: auto, ddp ...")] = "auto",
     save_every: Annotated[int, typer.Option(min=1, help="Optimizer steps between two checkpoints.")] = 50,
     gradient_checkpointing: Annotated[bool, typer.Option(help="Less memory for more time.")] = False,
 ) -> None:
     """Convert a model, heal it on text by the recipe's stages, and save it. Repeat it to resume a killed run."""
     chosen = _read_recipe(recipe, set_)
-    with _loading("model", model):
-        from .training.convert import Options
-        from .training.convert import convert as run
+    import logging
 
-        progress = sys.stdout.isatty()
-        options = Options(seed, precision, accelerator, devices, strategy, save_every, gradient_checkpointing, progress)
-        run(model, chosen, data, out, validation=validation or (), options=options, say=typer.echo)
+    from .training.convert import Options
+    from .training.convert import convert as run
+
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # it introduces itself before every stage
+    options = Options(seed, precision, accelerator, save_every, gradient_checkpointing, progress=sys.stdout.isatty())
+    run(model, chosen, data, out, validation=validation or (), options=options, say=typer.echo)
     typer.echo(f"surgery generate --model {out} --prompt ... continues a text with it")
 
 
@@ -215,9 +200,9 @@ def generate(
     chosen = None if recipe is None else _read_recipe(recipe, set_)
     if recipe is None and set_:
         raise SurgeryError("--set changes a recipe: name it with --recipe")
-    with _loading("tokenizer", model):
+    with loading("tokenizer", model):
         tokenizer = AutoTokenizer.from_pretrained(model)
-    with _loading("model", model):
+    with loading("model", model):
         network = surgery.from_pretrained(model, recipe=chosen, dtype=dtype)
     network.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
     set_seed(seed)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class SurgeryError(ValueError):
     """Base of all errors of this package."""
@@ -23,3 +26,19 @@ class RecipeError(SurgeryError):
 
     def __reduce__(self) -> tuple[type[RecipeError], tuple[str, ...]]:
         return type(self), tuple(self.problems)
+
+
+@contextmanager
+def loading(what: str, name: object) -> Iterator[None]:
+    """Says in one line what transformers says in many when a model or a tokenizer cannot be loaded.
+
+    Raises:
+        SurgeryError: in place of an OSError or ValueError.
+    """
+    try:
+        yield
+    except SurgeryError:
+        raise
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise SurgeryError(f"cannot load a {what} from {str(name)!r}: {reason}") from None

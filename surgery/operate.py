@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -143,7 +143,11 @@ def mode(
     inner = find_model(model)
     switch = _operation(inner).switch
     previous = switch.mode, switch.transfer_loss, switch.cross_entropy
-    with adapters.disabled(inner) if name != "student" else adapters.unchanged():
+    with ExitStack() as stack:
+        if name != "student":
+            stack.enter_context(adapters.disabled(inner))
+        if name == "transfer":
+            stack.enter_context(_kept_activations(inner))
         try:
             switch.losses.clear()
             _enter(inner, name, loss or nn.functional.mse_loss, cross_entropy)
@@ -187,6 +191,22 @@ def _enter(model: PreTrainedModel, name: str, loss: TransferLoss | None = None, 
     # with no softmax layer left nothing needs a [T, T] mask; otherwise all layers share the model's own
     own = name != "student" or not operation.complete
     model.config._attn_implementation_internal = switch.implementation if own else IMPLEMENTATION
+
+
+@contextmanager
+def _kept_activations(model: PreTrainedModel) -> Iterator[None]:
+    """No gradient checkpointing: losses recorded on the way would be recomputed in whatever mode the model is by then.
+
+    Little is kept for it, as no gradient flows from layer to layer in transfer mode.
+    """
+    checkpointed = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+    for module in checkpointed:
+        module.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        for module in checkpointed:
+            module.gradient_checkpointing = True
 
 
 def _plan(model: nn.Module, recipe: Any, layers: Layers) -> _Plan:

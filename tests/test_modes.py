@@ -156,3 +156,20 @@ def test_caches_of_teacher_and_student_do_not_mix():
             model(ids[:, :1], **{zoo.CACHE: teacher})
     with pytest.raises(surgery.SurgeryError, match="unknown mode 'techer'"), surgery.mode(model, "techer"):
         pass
+
+
+def test_transfer_works_with_gradient_checkpointing():
+    """The losses' own backward pass runs after the mode has ended."""
+    found = []
+    for checkpointing in (False, True):
+        model = zoo.convert(zoo.build("llama"), "llama/logmass", window=8).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        with surgery.mode(model, "transfer", cross_entropy=0.3) as switch:
+            model(zoo.tokens(2, 20))
+            loss = sum(switch.losses.values())
+        loss.backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+        assert model.model.layers[0].gradient_checkpointing is checkpointing
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])

@@ -123,13 +123,13 @@ def test_sources_agree():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("lama/lolcats", "no recipe named 'lama/lolcats'; did you mean 'llama/lolcats'? `surgery recipes` lists all 7"),
+        ("lama/lolcats", "no recipe named 'lama/lolcats'; did you mean 'llama/lolcats'? `surgery recipes` lists all 9"),
         (
             "liger-gla",
             "no recipe named 'liger-gla'; did you mean 'llama/liger-gla' or 'mistral/liger-gla'? "
-            "`surgery recipes` lists all 7",
+            "`surgery recipes` lists all 9",
         ),
-        ("quadratic", "no recipe named 'quadratic'; `surgery recipes` lists all 7"),
+        ("quadratic", "no recipe named 'quadratic'; `surgery recipes` lists all 9"),
         ("../llama/lolcats", "no recipe named '../llama/lolcats'; did you mean 'llama/lolcats'? "),
         ("mine.yaml", "no recipe file 'mine.yaml'; `surgery recipes` lists those that need no file"),
         (Path("mine"), "no recipe file 'mine'; `surgery recipes` lists those that need no file"),

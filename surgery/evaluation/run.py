@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..errors import SurgeryError
+from ..errors import SurgeryError, loading
 from ..training.text import check_vocabulary, read_corpora
 from .comparison import Comparison, compare, read_result
 from .measure import Progress, evaluate
@@ -75,7 +75,7 @@ def output_files(out: str) -> tuple[Path, Path]:
 def _evaluate_folder(name: str, corpora: dict[str, Any], settings: Settings) -> Evaluation:
     from transformers import AutoModelForCausalLM
 
-    with _loading("model", name):
+    with loading("model", name):
         model = AutoModelForCausalLM.from_pretrained(name, dtype=settings.dtype)
     model.to(settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     sizes = {"length": settings.length, "batch_size": settings.batch_size, "copy_tokens": settings.copy_tokens}
@@ -86,7 +86,7 @@ def _evaluate_folder(name: str, corpora: dict[str, Any], settings: Settings) -> 
 def _config(name: str) -> Any:
     from transformers import AutoConfig
 
-    with _loading("model", name):
+    with loading("model", name):
         return AutoConfig.from_pretrained(name)
 
 
@@ -114,17 +114,6 @@ def is_demo(config: Any) -> bool:
     own = AutoConfig.from_pretrained(DEMO)
     same_type = config.model_type.removeprefix("surgery_") == own.model_type
     return same_type and all(getattr(config, name, None) == getattr(own, name) for name in names)
-
-
-@contextmanager
-def _loading(what: str, name: str) -> Iterator[None]:
-    """Says in one line what transformers says in many."""
-    try:
-        yield
-    except SurgeryError:
-        raise
-    except (OSError, ValueError) as error:
-        raise SurgeryError(f"cannot load a {what} from {name!r}: {str(error).strip().splitlines()[0]}") from None
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from .. import adapters, hub
 from ..callbacks import AttentionTransfer
 from ..callbacks.lora_unfreezing import ADAPTER
 from ..callbacks.recipes import stage_callbacks
-from ..errors import SurgeryError
+from ..errors import SurgeryError, loading
 from ..patchers.sites import projections
 from ..recipe import Recipe
 from .batches import split, steps_of
@@ -46,15 +46,13 @@ class Options:
     """How to run, as far as it is not the recipe's to say.
 
     seed: of mixers, adapters and the order of the data. precision: lightning's name; "auto": bf16 autocast on a GPU,
-    none on a CPU. accelerator, devices, strategy: lightning's. save_every: optimizer steps between checkpoints.
-    checkpointing: recompute activations instead of keeping them. progress: draw a bar.
+    none on a CPU. accelerator: lightning's. save_every: optimizer steps between checkpoints. checkpointing: recompute
+    activations instead of keeping them. progress: draw a bar.
     """
 
     seed: int = 0
     precision: str = "auto"
     accelerator: str = "auto"
-    devices: int | str = 1
-    strategy: str = "auto"
     save_every: int = 50
     checkpointing: bool = False
     progress: bool = False
@@ -148,9 +146,10 @@ def _existing(files: list[Path]) -> list[Path]:
 
 
 def _load(model: str, recipe: Recipe) -> PreTrainedModel:
-    if recipe.mixer is not None:
-        return hub.from_pretrained(model, recipe, dtype="auto")
-    return AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+    with loading("model", model):
+        if recipe.mixer is not None:
+            return hub.from_pretrained(model, recipe, dtype="auto")
+        return AutoModelForCausalLM.from_pretrained(model, dtype="auto")
 
 
 def _tokenizer(model: str) -> Any:
@@ -177,46 +176,50 @@ def _stage(
         say("  done before")
         return StageResult(**_json(summary))
     train, held = rows.at(stage.sequence_length)
-    world = options.devices if isinstance(options.devices, int) else 1
-    steps = steps_of(stage.tokens, stage.epochs, train, stage.batch_size * stage.accumulate * world)
-    start = (
-        int(torch.load(checkpoint, weights_only=False, map_location="cpu")["global_step"]) if checkpoint.exists() else 0
-    )
-
+    steps = steps_of(stage.tokens, stage.epochs, train, stage.batch_size * stage.accumulate)
+    start = 0
+    if checkpoint.exists():
+        start = int(torch.load(checkpoint, weights_only=True, map_location="cpu")["global_step"])
     torch.manual_seed(options.seed + 1000 * (index + 1))
     callbacks = stage_callbacks(stage)
     transfer = next((c for c in callbacks if isinstance(c, AttentionTransfer)), None)
     module = HealingModule(network, stage, train, steps=steps, start=start, seed=options.seed, transfer=transfer)
     every = stage.schedule.every if isinstance(stage.schedule, Plateau) else max(1, steps // 10)
     validation = Validation(held, every)
-    log_every = max(1, min(10, steps // 50))
-    watch = Watch(None if options.progress else say, log_every)
+    watch = Watch(validation, None if options.progress else say, max(1, min(10, steps // 50)))
+    trainer = _trainer(stage, steps, run, index, options)
+    # in this order: what validation found is logged, and what was logged is flushed before a checkpoint is written
+    trainer.callbacks += [*callbacks, validation, watch, Checkpoints(checkpoint, options.save_every)]
     began = time.monotonic()
-    trainer = _trainer(stage, steps, run, index, options, log_every)
-    trainer.callbacks += [*callbacks, validation, Checkpoints(checkpoint, options.save_every), watch]
-    if options.checkpointing:
-        network.gradient_checkpointing_enable({"use_reentrant": False})
-    network.train()
-    trainer.fit(module, ckpt_path=checkpoint if checkpoint.exists() else None, weights_only=False)
-    if options.checkpointing:
-        network.gradient_checkpointing_disable()
-    if trainer.global_step < steps:
-        raise SurgeryError(
-            f"stage {index + 1} stopped at step {trainer.global_step} of {steps}: repeat the command to resume"
-        )
-    network.eval()
-    tokens = steps * stage.batch_size * stage.accumulate * world * stage.sequence_length
-    learns = sum(p.numel() for p in network.parameters() if p.requires_grad)
-    result = StageResult(stage.kind, steps, tokens, round(time.monotonic() - began, 1), learns, validation.history)
-    if trainer.is_global_zero:
-        write_text(summary, _dump(asdict(result)))
-        adapter = adapter_of(stage, network) if isinstance(stage, LoRA) else None
-        save_delta(network, delta, adapter)
-        checkpoint.unlink(missing_ok=True)
+    _fit(trainer, module, checkpoint, options)
+
+    tokens = steps * stage.batch_size * stage.accumulate * stage.sequence_length
+    learned = sum(p.numel() for p in network.parameters() if p.requires_grad)
+    result = StageResult(stage.kind, steps, tokens, round(time.monotonic() - began, 1), learned, validation.history)
+    write_text(summary, _dump(asdict(result)))
+    save_delta(network, delta, adapter_of(stage, network) if isinstance(stage, LoRA) else None)
+    checkpoint.unlink(missing_ok=True)
     return result
 
 
-def _trainer(stage: StageConfig, steps: int, run: Run, index: int, options: Options, log_every: int) -> Trainer:
+def _fit(trainer: Trainer, module: HealingModule, checkpoint: Path, options: Options) -> None:
+    """Train to the end of the stage, from its checkpoint if there is one."""
+    network = module.model
+    network.train()
+    if options.checkpointing:
+        network.gradient_checkpointing_enable({"use_reentrant": False})
+    trainer.fit(module, ckpt_path=checkpoint if checkpoint.exists() else None, weights_only=True)
+    if options.checkpointing:
+        network.gradient_checkpointing_disable()
+    network.eval()
+    if trainer.global_step < module.steps:
+        raise SurgeryError(
+            f"the {module.stage.kind} stage stopped at step {trainer.global_step} of {module.steps}: repeat the "
+            "command to resume"
+        )
+
+
+def _trainer(stage: StageConfig, steps: int, run: Run, index: int, options: Options) -> Trainer:
     cuda = options.accelerator != "cpu" and torch.cuda.is_available()
     precision: Any = ("bf16-mixed" if cuda else "32-true") if options.precision == "auto" else options.precision
     logs, attempt = run.folder / "logs", run.attempt(index)
@@ -224,15 +227,14 @@ def _trainer(stage: StageConfig, steps: int, run: Run, index: int, options: Opti
         warnings.filterwarnings("ignore", ".*does not have many workers.*|.*GPU available.*")
         return Trainer(
             accelerator=options.accelerator,
-            devices=options.devices,
-            strategy=options.strategy,
+            devices=1,
             precision=precision,
             max_steps=steps,
             limit_train_batches=steps * stage.accumulate,
             accumulate_grad_batches=stage.accumulate,
             gradient_clip_val=stage.grad_clip,
             logger=[CSVLogger(logs, "csv", attempt), TensorBoardLogger(logs, "tensorboard", attempt)],
-            log_every_n_steps=log_every * stage.accumulate,
+            log_every_n_steps=0,
             callbacks=[RichProgressBar()] if options.progress else [],
             enable_progress_bar=options.progress,
             enable_checkpointing=False,

@@ -86,10 +86,14 @@ class Checkpoints(StepCallback):
 
 
 class Watch(StepCallback):
-    """Says how it goes, about `lines` times a stage, and stops a run whose loss is no number any more."""
+    """Logs every `every` steps, says how it goes about `lines` times a stage, and stops a run whose loss is no number.
 
-    def __init__(self, say: Callable[[str], None] | None, every: int, lines: int = 20) -> None:
-        self.say, self.every, self.lines = say, every, lines
+    Logged here and not by lightning, which logs a step after the hooks of its end: a checkpoint written there would
+    miss the step's metrics.
+    """
+
+    def __init__(self, validation: Validation, say: Callable[[str], None] | None, every: int, lines: int = 20) -> None:
+        self.validation, self.say, self.every, self.lines = validation, say, every, lines
         self._began, self._first = 0.0, 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -97,7 +101,9 @@ class Watch(StepCallback):
 
     def after_step(self, trainer: Trainer, module: HealingModule, step: int) -> None:
         speaks = step % max(1, module.steps // self.lines) == 0 or step == module.steps
-        if step % self.every and not speaks:
+        history = self.validation.history
+        validated = history[-1][1] if history and history[-1][0] == step else None
+        if step % self.every and not speaks and validated is None:
             return
         name = "loss" if module.transfer is None else "transfer_loss"
         loss = float(trainer.callback_metrics[name])
@@ -109,9 +115,9 @@ class Watch(StepCallback):
         stage = module.stage
         tokens = (step - self._first) * stage.batch_size * stage.accumulate * trainer.world_size * module.rows.shape[1]
         speed = tokens / max(time.monotonic() - self._began, 1e-9)
-        module.log("tokens_per_second", speed)
-        module.log("lr", trainer.optimizers[0].param_groups[0]["lr"])
+        values = {name: loss, "lr": trainer.optimizers[0].param_groups[0]["lr"], "tokens_per_second": speed}
+        for logger in trainer.loggers:
+            logger.log_metrics(values if validated is None else {**values, "val_loss": validated}, step)
         if self.say is not None and speaks and trainer.is_global_zero:
-            val = trainer.callback_metrics.get("val_loss")
-            tail = "" if val is None else f"  val_loss {float(val):.4f}"
+            tail = f"  val_loss {history[-1][1]:.4f}" if history else ""
             self.say(f"  step {step}/{module.steps}  {name} {loss:.4f}{tail}  {speed:,.0f} tokens/s")

@@ -194,6 +194,17 @@ def test_a_second_fit_on_the_result(inputs, whole, tmp_path):
     assert torch.equal(again(zoo.tokens(1, 9)).logits, module.model.eval()(zoo.tokens(1, 9)).logits)
 
 
+def test_recomputing_activations_changes_nothing(inputs, whole, tmp_path):
+    recipe = surgery.load_recipe(inputs / "recipe.yaml").override({"stages.1.dropout": 0.0})
+    outs = []
+    for checkpointing in (False, True):
+        outs.append(tmp_path / f"out-{checkpointing}")
+        options = Options(checkpointing=checkpointing)
+        convert(inputs / "model", recipe, [inputs / "text.npy"], outs[-1], options=options)
+    found, expected = map(weights, outs)
+    assert all(zoo.relative(found[name], expected[name]) <= 1e-4 for name in expected)
+
+
 @pytest.mark.parametrize("recipe", ["control/softmax-lora", "control/window-lora", "llama/liger-gla", "llama/hedgehog"])
 def test_every_shipped_kind_of_recipe_runs_in_bf16(recipe, inputs, tmp_path):
     loaded = surgery.load_recipe(recipe)
@@ -254,7 +265,5 @@ def test_requests_that_make_no_sense(inputs, whole, tmp_path):
 
 def test_a_loss_that_is_no_number_is_named(inputs, tmp_path):
     recipe = surgery.load_recipe(inputs / "recipe.yaml").override({"stages.0.lr": 1e30, "stages.0.grad_clip": None})
-    with pytest.raises(
-        surgery.SurgeryError, match=r"loss is (nan|inf) at step \d+ of the \w+ stage: lower"
-    ):
+    with pytest.raises(surgery.SurgeryError, match=r"loss is (nan|inf) at step \d+ of the \w+ stage: lower"):
         convert(inputs / "model", recipe, [inputs / "text.npy"], tmp_path / "out")
