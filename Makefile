@@ -1,4 +1,4 @@
-# `make test` is all a fresh machine needs: it makes .venv, installs this package into it and runs the tests.
+# `make demo` or `make test` is all a fresh machine needs: it makes .venv and installs this package into it first.
 
 # the first interpreter that is new enough
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python3.10 python; do \
@@ -8,7 +8,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST_ARGS ?= -n auto --maxprocesses 4 --dist worksteal
 
-.PHONY: test lint format
+.PHONY: demo test lint format
+
+demo: $(STAMP)
+	$(BIN)/surgery demo --out demo-output
 
 test: $(STAMP)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

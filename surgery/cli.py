@@ -1,4 +1,4 @@
-"""The command line: surgery recipes | inspect | convert | evaluate | generate | doctor.
+"""The command line: surgery recipes | inspect | convert | evaluate | generate | doctor | demo.
 
 Nothing heavy is imported before a command needs it, so that `surgery --help` answers at once.
 """
@@ -38,6 +38,7 @@ SetOption = Annotated[
     list[str] | None, typer.Option("--set", "-s", metavar="KEY=VALUE", help="Change one value: mixer.window.size=32")
 ]
 ModelOption = Annotated[str, typer.Option("--model", "-m", help="A local folder or a name on the Hugging Face hub.")]
+DEMO_OUT = Path("demo-output")
 
 
 def _console() -> Console:
@@ -270,6 +271,24 @@ def doctor() -> None:
     typer.echo(f"{kernels.row_count - wrong} of {kernels.row_count} kernel checks right")
     if wrong:
         raise typer.Exit(1)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where to write; replaces an earlier demo.")] = DEMO_OUT,
+) -> None:
+    """Convert the model that comes along, heal it a little, and measure it beside what a GPU made of it. Offline."""
+    from .showcase import run_demo
+
+    def show(shown: Any) -> None:
+        if isinstance(shown, str):
+            typer.echo(shown)
+        elif isinstance(shown, Table):
+            _show(shown)
+        else:
+            _console().print(shown)
+
+    run_demo(out, show, progress=sys.stdout.isatty())
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -70,6 +71,7 @@ def test_wheel(built, tmp_path):
     (wheel,) = built.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert "surgery/py.typed" in names
+    assert {f"surgery/demo/{file.name}" for file in (ROOT / "surgery" / "demo").iterdir()} <= set(names)
     assert not [name for name in names if name.startswith(("tests/", "recipes/"))]
     pip_install(tmp_path / "site", wheel)
     assert recipes_seen_from(tmp_path / "site", tmp_path, tmp_path / "site") == list_recipes()
@@ -77,6 +79,9 @@ def test_wheel(built, tmp_path):
 
 def test_sdist(built, tmp_path):
     (sdist,) = built.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        packed = {Path(name).name for name in archive.getnames() if "/surgery/demo/" in name}
+    assert packed == {file.name for file in (ROOT / "surgery" / "demo").iterdir()}
     pip_install(tmp_path / "site", sdist)
     assert recipes_seen_from(tmp_path / "site", tmp_path, tmp_path / "site") == list_recipes()
 

@@ -17,6 +17,7 @@ CONTROLS = ("#e08e0b", "#b5485d", "#7a5195")
 CONVERTED = "#1f6fb2"
 SMOOTHING = 1.2
 """The curve at position p is the mean from p / 1.2 to 1.2 p."""
+MISSING = 'no plot without matplotlib: pip install "surgery[plot]"'
 
 
 def plot(comparison: Comparison, path: Path) -> None:
@@ -29,7 +30,7 @@ def plot(comparison: Comparison, path: Path) -> None:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
-        raise SurgeryError('no plot without matplotlib: pip install "surgery[plot]"') from None
+        raise SurgeryError(MISSING) from None
     figure = Figure(figsize=(11, 4.4), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))

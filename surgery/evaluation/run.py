@@ -79,7 +79,7 @@ def _evaluate_folder(name: str, corpora: dict[str, Any], settings: Settings) -> 
         model = AutoModelForCausalLM.from_pretrained(name, dtype=settings.dtype)
     model.to(settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     sizes = {"length": settings.length, "batch_size": settings.batch_size, "copy_tokens": settings.copy_tokens}
-    with _progress(Path(name).name) as progress:
+    with showing_progress(Path(name).name) as progress:
         return evaluate(model, corpora, **sizes, name=name, progress=progress)
 
 
@@ -117,7 +117,7 @@ def is_demo(config: Any) -> bool:
 
 
 @contextmanager
-def _progress(name: str) -> Iterator[Progress | None]:
+def showing_progress(name: str) -> Iterator[Progress | None]:
     """A bar on standard error, if that is a terminal."""
     if not sys.stderr.isatty():
         yield None
