@@ -1,12 +1,19 @@
 """Tensors in, tensors out: the operations mixers are made of, each with several implementations behind one name."""
 
 from . import chunked, examples, features, reference
-from .dispatch import BACKENDS, Op, backend
+from .dispatch import BACKENDS, Op, backend, in_triton
 from .specs import Features, Joint, LogMass, State, Window
 from .state import linear_state, window_state
 
-linear_attention = Op(reference.linear_attention, chunked.linear_attention, examples.linear)
-gated_linear_attention = Op(reference.gated_linear_attention, chunked.gated_linear_attention, examples.gated)
+linear_attention = Op(
+    reference.linear_attention, chunked.linear_attention, examples.linear, in_triton("linear_attention")
+)
+gated_linear_attention = Op(
+    reference.gated_linear_attention,
+    chunked.gated_linear_attention,
+    examples.gated,
+    in_triton("gated_linear_attention"),
+)
 window_attention = Op(reference.window_attention, chunked.window_attention, examples.window)
 hybrid_attention = Op(reference.hybrid_attention, chunked.hybrid_attention, examples.hybrid)
 attention_cross_entropy = Op(reference.attention_cross_entropy, chunked.attention_cross_entropy, examples.transfer)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
@@ -12,8 +13,9 @@ import torch
 P = ParamSpec("P")
 R = TypeVar("R")
 
-BACKENDS = ("reference", "chunked")
+BACKENDS = ("reference", "chunked", "triton")
 VARIABLE = "SURGERY_BACKEND"
+MISSING = "The backend 'triton' needs the package triton, which is not installed: pip install triton."
 
 _forced: str | None = os.environ.get(VARIABLE) or None
 
@@ -24,6 +26,8 @@ def backend(name: str) -> Iterator[None]:
     global _forced
     if name not in BACKENDS:
         raise ValueError(_unknown(name))
+    if name == "triton" and find_spec("triton") is None:
+        raise ModuleNotFoundError(MISSING, name="triton")
     before, _forced = _forced, name
     try:
         yield
@@ -32,30 +36,51 @@ def backend(name: str) -> Iterator[None]:
 
 
 def _unknown(name: str) -> str:
-    return f"There is no backend {name!r}: {VARIABLE} and surgery.kernels.backend take {' or '.join(BACKENDS)}."
+    names = f"{', '.join(BACKENDS[:-1])} or {BACKENDS[-1]}"
+    return f"There is no backend {name!r}: {VARIABLE} and surgery.kernels.backend take {names}."
+
+
+def in_triton(name: str) -> Callable[..., Any]:
+    """The function of that name of surgery.kernels.triton, imported when it is first called: not every machine can."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        try:
+            from . import triton
+        except ModuleNotFoundError as missing:
+            raise ModuleNotFoundError(MISSING, name="triton") from missing
+        return getattr(triton, name)(*args, **kwargs)
+
+    return run
 
 
 class Op(Generic[P, R]):
     """One operation and its implementations, which take the same arguments and agree up to rounding.
 
     reference: the definition, a loop over tokens. chunked: the same in plain torch, fast on any device.
+    triton: as kernels, for the operations that have them; the others run chunked in its place.
     example(device, dtype): keyword arguments of a small call, for checks on the user's machine.
     """
 
     def __init__(
-        self, reference: Callable[P, R], chunked: Callable[P, R], example: Callable[..., dict[str, Any]]
+        self,
+        reference: Callable[P, R],
+        chunked: Callable[P, R],
+        example: Callable[..., dict[str, Any]],
+        triton: Callable[P, R] | None = None,
     ) -> None:
         self.name = reference.__name__
         self.__doc__ = reference.__doc__
         self.reference = reference
         self.chunked = chunked
         self.example = example
+        self.triton = triton
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        # kernels run only where asked for, until they have been measured on a gpu
         name = _forced or "chunked"
         if name not in BACKENDS:
             raise ValueError(_unknown(name))
-        run = self.reference if name == "reference" else self.chunked
+        run = getattr(self, name) or self.chunked
         device = next(x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)).device
         # autocast would turn the fp32 mathematics inside into 16-bit products
         with torch.autocast(device.type, enabled=False):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 
 import pytest
 import torch
@@ -176,7 +177,7 @@ def chosen(monkeypatch) -> list[str]:
     """Names of the implementations that ran."""
     ran: list[str] = []
     op = kernels.linear_attention
-    for name in ("reference", "chunked"):
+    for name in ("reference", "chunked", "triton"):
         run = getattr(op, name)
         monkeypatch.setattr(op, name, lambda *a, _run=run, _name=name, **k: ran.append(_name) or _run(*a, **k))
     return ran
@@ -190,8 +191,31 @@ def test_backend_can_be_chosen(monkeypatch):
         with kernels.backend("chunked"):
             kernels.linear_attention(**arguments)
         kernels.linear_attention(**arguments)
+    with kernels.backend("triton"):
+        kernels.linear_attention(**arguments)
     kernels.linear_attention(**arguments)
-    assert ran == ["chunked", "reference", "chunked", "reference", "chunked"]
+    assert ran == ["chunked", "reference", "chunked", "reference", "triton", "chunked"]
+
+
+def test_operations_without_kernels_run_chunked():
+    call = Call.of("window-sinks", TINY)
+    with kernels.backend("triton"):
+        y, _ = call.op(**call.arguments)
+    assert torch.equal(y, call.op(**call.arguments)[0])
+
+
+def test_missing_triton_is_named(monkeypatch):
+    """Importing this package works without triton; choosing it says what to install."""
+    for name in [name for name in sys.modules if name.startswith("surgery.kernels.triton")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.delattr(kernels, "triton", raising=False)
+    monkeypatch.setattr(dispatch, "find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match="needs the package triton"), kernels.backend("triton"):
+        pass
+    monkeypatch.setattr(dispatch, "_forced", "triton")
+    with pytest.raises(ModuleNotFoundError, match="needs the package triton"):
+        kernels.linear_attention(**Call.of("linear", TINY).arguments)
 
 
 def test_backend_of_the_environment(monkeypatch):
@@ -211,7 +235,7 @@ def test_backend_of_the_environment(monkeypatch):
     kernels.linear_attention(**arguments)
     assert ran == ["reference", "chunked"]
     read("fast")
-    with pytest.raises(ValueError, match="no backend 'fast': SURGERY_BACKEND .* take reference or chunked"):
+    with pytest.raises(ValueError, match="no backend 'fast': SURGERY_BACKEND .* take reference, chunked or triton"):
         kernels.linear_attention(**arguments)
 
 
