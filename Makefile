@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST_ARGS ?= -n auto --maxprocesses 4 --dist worksteal
 
-.PHONY: demo test lint format
+.PHONY: demo test lint format check-kernels
 
 demo: $(STAMP)
 	$(BIN)/surgery demo --out demo-output
@@ -24,6 +24,10 @@ lint: $(STAMP)
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# compiles for GPUs, on any machine
+check-kernels: $(STAMP)
+	$(BIN)/python -m benchmarks.check_kernels
 
 $(STAMP): pyproject.toml constraints.txt scripts/install.py
 	@test -n "$(PYTHON)" || { echo "surgery needs Python 3.10 or newer; name one with: make test PYTHON=/path/to/python3"; exit 1; }

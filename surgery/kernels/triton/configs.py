@@ -19,19 +19,25 @@ def padded(width: int) -> int:
     return max(16, 1 << (width - 1).bit_length())
 
 
-# (padded width of the score's operands, padded width of the output, bits): measured nowhere yet, chosen not to spill
-TABLE: dict[tuple[int, int, int], Config] = {
-    (64, 64, 16): Config(64, 64),
-    (64, 128, 16): Config(64, 64),
-    (128, 64, 16): Config(64, 64),
-    (128, 128, 16): Config(64, 64),
+PLAIN, NORMALIZED, GATE_GRADIENT = "plain", "normalized", "gate gradient"
+"""What a sweep holds besides state and scores: nothing much, its denominators, or all pairs that cross a gate."""
+
+# kind, padded width of the scores' operands, padded width of the output, bits: chosen for few spills by `make check-kernels`, not yet for speed
+TABLE: dict[tuple[str, int, int, int], Config] = {
+    (kind, score, output, 16): wide if kind == PLAIN or (kind == NORMALIZED and score == 64) else narrow
+    for score, wide, narrow in (
+        (64, Config(64, 32, 8), Config(64, 16, 4)),
+        (128, Config(64, 32, 8), Config(64, 16, 8)),
+    )
+    for output in (64, 128)
+    for kind in (PLAIN, NORMALIZED, GATE_GRADIENT)
 }
 
 
-def config(score: int, output: int, bits: int) -> Config:
+def config(kind: str, score: int, output: int, bits: int) -> Config:
     """The table's row, else a small tile that compiles for any width up to 256."""
-    key = padded(score), padded(output), bits
+    key = kind, padded(score), padded(output), bits
     if key in TABLE:
         return TABLE[key]
-    small = 16 if bits == 32 or key[0] > 128 else 64
-    return Config(small, min(key[1], 32 if key[0] <= 128 else 16))
+    small = 16 if bits == 32 or key[1] > 128 else 64
+    return Config(small, min(key[2], 32 if key[1] <= 128 else 16))

@@ -8,8 +8,8 @@ import torch
 import triton
 from torch import Tensor
 
-from .configs import config, padded
-from .sweeps import key_sweep, output_sweep, query_sweep
+from .configs import GATE_GRADIENT, NORMALIZED, PLAIN, config, padded
+from .sweeps import excess_rows, key_sweep, output_sweep, query_sweep
 
 INTERPRET = bool(triton.knobs.runtime.interpret)
 WIDEST = 256
@@ -45,9 +45,9 @@ class Call(NamedTuple):
             "INTERPRET": INTERPRET,
         }
 
-    def launch(self, score: int, output: int) -> tuple[tuple[int, int, int], dict[str, int], int, int]:
+    def launch(self, kind: str, score: int, output: int) -> tuple[tuple[int, int, int], dict[str, int], int, int]:
         """The grid, launch options, tile widths and chunk of a sweep whose scores sum over `score` columns."""
-        chunk, columns, warps, stages = config(score, output, self.q.element_size() * 8)
+        chunk, columns, warps, stages = config(kind, score, output, self.q.element_size() * 8)
         grid = triton.cdiv(output, columns), self.k.shape[2], self.q.shape[0]
         return grid, {"C": chunk, "num_warps": warps, "num_stages": stages}, padded(score), columns
 
@@ -69,7 +69,7 @@ def _forward(
     q, k, v, log_decay, S, z, documents = _contiguous(q, k, v, log_decay, S, z, documents)
     call = Call(q, k, v, log_decay, documents, scale)
     y, S_after, z_after, mass = _outputs(q, k, v, normalize)
-    grid, options, f, d = call.launch(q.shape[3], v.shape[3])
+    grid, options, f, d = call.launch(NORMALIZED if normalize else PLAIN, q.shape[3], v.shape[3])
     output_sweep[grid](
         q, k, v, log_decay, documents, S, z, y, mass, S_after, z_after, q.shape[1], scale, eps,
         H_KV=v.shape[2], F=f, D=d, NORMALIZE=normalize, CARRIED=S is not None, **call.sizes, **call.flags, **options,
@@ -123,30 +123,33 @@ def _backward(
     dq, dk, dv, dlog_decay, dS, dz = _gradients(q, k, v, log_decay, S, z, gate_gradient)
     common = {**call.sizes, **call.flags, "NORMALIZE": normalize}
 
-    grid, options, d, f = call.launch(columns, features)
+    grid, options, d, f = call.launch(GATE_GRADIENT if gate_gradient else PLAIN, columns, features)
     chunks = triton.cdiv(tokens, options["C"])
     kept = torch.float32 if q.dtype == torch.float32 else torch.bfloat16
     states = q.new_empty((batch, state_heads, chunks, columns, features) if gate_gradient else 0, dtype=kept)
     zs = mass.new_empty((batch, state_heads, chunks, features) if gate_gradient and normalize else 0)
     dgate = mass.new_empty((grid[0], batch, tokens, state_heads) if gate_gradient else 0)
-    excess = torch.empty_like(mass)
+    excess, factors = torch.empty_like(mass), scale / mass
+    if normalize:
+        rows = excess.numel()
+        excess_rows[(triton.cdiv(rows, 32),)](dy, y, excess, rows, WIDTH=columns, R=32, X=padded(columns))
     query_sweep[grid](
-        dy, v, k, q, y, log_decay, documents, S, z, mass, dq, excess, dgate, states, zs, tokens, scale,
+        dy, v, k, q, log_decay, documents, S, z, factors, excess, dq, dgate, states, zs, tokens, scale,
         H_KV=v.shape[2], D=d, F=f, CARRIED=S is not None, GATE_GRADIENT=gate_gradient, **common, **options,
     )  # fmt: skip
     common |= {"DS_AFTER": dS_after is not None}
     del common["F_WIDTH"], common["D_WIDTH"]
     key_sweep[grid](
-        v, dy, q, k, log_decay, documents, mass, excess, states, zs, dS_after, dz_after, dk, dS, dz, dgate,
+        v, dy, q, k, log_decay, documents, factors, excess, states, zs, dS_after, dz_after, dk, dS, dz, dgate,
         tokens, scale, 1, columns, H_A=v.shape[2], A_WIDTH=columns, X_WIDTH=features, A=d, X=f, EXCESS=normalize,
         DZ_AFTER=normalize and dz_after is not None, DS=False, DZ=z is not None, GATE_GRADIENT=gate_gradient,
         **common, **options,
     )  # fmt: skip
     # one per head of the state: several may share a head of v
     shared = dv if v.shape[2] == state_heads else mass.new_empty(batch, tokens, state_heads, columns)
-    grid, options, f, d = call.launch(features, columns)
+    grid, options, f, d = call.launch(PLAIN, features, columns)
     key_sweep[grid](
-        k, q, dy, k, log_decay, documents, mass, excess, states, zs, dS_after, dz_after, shared, dS, dz, dgate,
+        k, q, dy, k, log_decay, documents, factors, excess, states, zs, dS_after, dz_after, shared, dS, dz, dgate,
         tokens, scale, columns, 1, H_A=state_heads, A_WIDTH=features, X_WIDTH=columns, A=f, X=d, EXCESS=False,
         DZ_AFTER=False, DS=S is not None, DZ=False, GATE_GRADIENT=False, **common, **options,
     )  # fmt: skip

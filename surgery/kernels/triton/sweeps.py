@@ -40,12 +40,14 @@ def output_sweep(
     first, head, b = tl.program_id(0) * D, tl.program_id(1), tl.program_id(2).to(tl.int64)
     operand = tl.float32 if INTERPRET else q_ptr.dtype.element_ty
     f = tl.arange(0, F)
+    # z is the first of the fewest columns that a product has
+    only = (tl.arange(0, 16) == 0)[None, :]
     S = tl.zeros([F, D], tl.float32)
-    z = tl.zeros([F], tl.float32)
+    z = tl.zeros([F, 16], tl.float32)
     if CARRIED:
         S = load_state(S_ptr, b * H_S + head, first, D_WIDTH, 1, F_WIDTH, D_WIDTH, F, D)
         if NORMALIZE:
-            z = tl.load(z_ptr + (b * H_S + head) * F_WIDTH + f, mask=f < F_WIDTH, other=0.0)
+            z = load_state(z_ptr, b * H_S + head, 0, 1, 1, F_WIDTH, 1, F, 16)
     for n in range(tl.cdiv(T, C)):
         row, live = b * T + n * C, T - n * C
         k = load_columns(k_ptr, row, live, head, H_S, F_WIDTH, C, F, INTERPRET)
@@ -60,25 +62,40 @@ def output_sweep(
             y = tl.dot(q, S.to(operand), input_precision=PRECISION) * since[:, None]
             y = tl.dot(weights.to(operand), v, y, input_precision=PRECISION) * scale
             if NORMALIZE:
-                mass = tl.sum(weights, 1) + since * tl.sum(q.to(tl.float32) * z[None, :], 1)
+                seen = tl.dot(q, z.to(operand), input_precision=PRECISION)
+                mass = tl.sum(weights, 1) + since * tl.sum(seen, 1)
                 mass = mass * scale + eps
-                y = y / mass[:, None]
+                y *= (1.0 / mass)[:, None]
                 if first == 0:
                     store_each(mass_ptr, mass, row, live, query, H, C)
             store_rows(y_ptr, y, row, live, query, first, H, D_WIDTH, C, D)
         kept = (v.to(tl.float32) * until[:, None]).to(operand)
         S = tl.dot(k, kept, S * total, input_precision=PRECISION)
         if NORMALIZE:
-            z = z * total + tl.sum(k.to(tl.float32) * until[None, :], 1)
+            kept = tl.where(only, until[:, None], 0.0).to(operand)
+            z = tl.dot(k, kept, z * total, input_precision=PRECISION)
     store_state(S_after_ptr, S, b * H_S + head, first, D_WIDTH, 1, F_WIDTH, D_WIDTH, F, D)
     if NORMALIZE and first == 0:
-        tl.store(z_after_ptr + (b * H_S + head) * F_WIDTH + f, z, mask=f < F_WIDTH)
+        tl.store(z_after_ptr + (b * H_S + head) * F_WIDTH + f, tl.sum(z, 1), mask=f < F_WIDTH)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def excess_rows(dy_ptr, y_ptr, excess_ptr, rows, WIDTH: tl.constexpr, R: tl.constexpr, X: tl.constexpr):
+    """dy·y of each token and head, [rows, WIDTH] -> [rows], R of them per program."""
+    first = tl.program_id(0).to(tl.int64) * R
+    r = tl.arange(0, R)
+    x = tl.arange(0, X)[None, :]
+    mask = (first + r < rows)[:, None] & (x < WIDTH)
+    at = first * WIDTH + r[:, None] * WIDTH + x
+    dy = tl.load(dy_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    y = tl.load(y_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    tl.store(excess_ptr + first + r, tl.sum(dy * y, 1), mask=first + r < rows)
 
 
 @triton.jit(do_not_specialize=["T", "scale"])
 def query_sweep(
-    dy_ptr, v_ptr, k_ptr, q_ptr, y_ptr, gate_ptr, document_ptr, S_ptr, z_ptr, mass_ptr,
-    dq_ptr, excess_ptr, dgate_ptr, states_ptr, zs_ptr,
+    dy_ptr, v_ptr, k_ptr, q_ptr, gate_ptr, document_ptr, S_ptr, z_ptr, factor_ptr, excess_ptr,
+    dq_ptr, dgate_ptr, states_ptr, zs_ptr,
     T, scale,
     H: tl.constexpr, H_S: tl.constexpr, H_KV: tl.constexpr, F_WIDTH: tl.constexpr, D_WIDTH: tl.constexpr,
     C: tl.constexpr, F: tl.constexpr, D: tl.constexpr, GATE: tl.constexpr, DOCUMENTS: tl.constexpr,
@@ -87,7 +104,8 @@ def query_sweep(
 ):  # fmt: skip
     """dq, F columns per program; the state is Sᵀ.
 
-    If NORMALIZE, y_i = N_i / m_i turns dy_i·v_j into (dy_i·v_j - excess_i) / m_i with excess_i = dy_i·y_i, stored too.
+    If NORMALIZE, y_i = N_i / m_i turns dy_i·v_j into (dy_i·v_j - excess_i) / m_i with excess_i = dy_i·y_i; factors are
+    scale / m_i.
     If GATE_GRADIENT, what reads of the state add to the gates' gradient, and the state before every chunk, are stored.
     """
     slice_, head, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -121,11 +139,8 @@ def query_sweep(
             dq = tl.dot(dy, S.to(operand), input_precision=PRECISION)
             factor = tl.full([C], 1.0, tl.float32) * scale
             if NORMALIZE:
-                y = load_rows(y_ptr, row, live, query, 0, H, D_WIDTH, C, D, INTERPRET)
-                excess = tl.sum(dy.to(tl.float32) * y.to(tl.float32), 1)
-                if slice_ == 0:
-                    store_each(excess_ptr, excess, row, live, query, H, C)
-                factor = factor / load_each(mass_ptr, row, live, query, H, C, 1.0)
+                excess = load_each(excess_ptr, row, live, query, H, C, 0.0)
+                factor = load_each(factor_ptr, row, live, query, H, C, 0.0)
                 scores -= excess[:, None]
                 dq -= excess[:, None] * z[None, :]
             dq *= (since * factor)[:, None]
@@ -146,7 +161,7 @@ def query_sweep(
 
 @triton.jit(do_not_specialize=["T", "scale"])
 def key_sweep(
-    a_ptr, b_ptr, c_ptr, k_ptr, gate_ptr, document_ptr, mass_ptr, excess_ptr, states_ptr, zs_ptr,
+    a_ptr, b_ptr, c_ptr, k_ptr, gate_ptr, document_ptr, factor_ptr, excess_ptr, states_ptr, zs_ptr,
     dS_after_ptr, dz_after_ptr, out_ptr, dS_ptr, dz_ptr, dgate_ptr,
     T, scale, stride_a, stride_x,
     H: tl.constexpr, H_S: tl.constexpr, H_A: tl.constexpr, A_WIDTH: tl.constexpr, X_WIDTH: tl.constexpr,
@@ -203,23 +218,27 @@ def key_sweep(
             c = load_rows(c_ptr, row, live, query, first, H, X_WIDTH, C, X, INTERPRET)
             factor = tl.full([C], 1.0, tl.float32) * scale
             if NORMALIZE:
-                factor = factor / load_each(mass_ptr, row, live, query, H, C, 1.0)
+                factor = load_each(factor_ptr, row, live, query, H, C, 0.0)
             scores = tl.dot(a, b, input_precision=PRECISION)
             if EXCESS:
                 excess = load_each(excess_ptr, row, live, query, H, C, 0.0)
                 scores -= excess[None, :]
-                dz -= tl.sum(c.to(tl.float32) * (since * factor * excess)[:, None], 0)
             scores = scores * decay * factor[None, :]
             if GATE_GRADIENT:
                 crossing += scores * tl.dot(k, tl.trans(c), input_precision=PRECISION)
             out = tl.dot(scores.to(operand), c, out, input_precision=PRECISION)
-            kept = (c.to(tl.float32) * (since * factor)[:, None]).to(operand)
+            kept = c.to(tl.float32) * (since * factor)[:, None]
+            if EXCESS:
+                dz -= tl.sum(kept * excess[:, None], 0)
+            kept = kept.to(operand)
             dS = tl.dot(b, kept, dS, input_precision=PRECISION)
         store_rows(out_ptr, out, row, live, head, first, H_S, X_WIDTH, C, X)
         if GATE_GRADIENT:
             part = slice_.to(tl.int64) * tl.num_programs(2) * T + row
-            later = tl.cumsum(crossing, 1, reverse=True) + writes[:, None]
             before = tl.arange(0, C)[:, None] < tl.arange(0, C)[None, :]
+            # each token's sum over itself and all later ones
+            later = tl.where(before, 0.0, 1.0).to(operand)
+            later = tl.dot(crossing.to(operand), later, input_precision=PRECISION) + writes[:, None]
             dgate = tl.sum(tl.where(before, later, 0.0), 0) + across
             dgate += load_each(dgate_ptr, part, live, head, H_S, C, 0.0)
             store_each(dgate_ptr, dgate, part, live, head, H_S, C)

@@ -1,0 +1,151 @@
+"""Compile the kernels' 16-bit configurations for several GPUs without one: `python -m benchmarks.check_kernels`.
+
+For every sweep prints registers, bytes spilled and shared memory, as the assembler reports them, and fails if any
+spills more than allowed, needs more shared memory than the device has, or does without tensor cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from surgery.kernels.triton import sweeps
+from surgery.kernels.triton.configs import GATE_GRADIENT, NORMALIZED, PLAIN, config, padded
+
+# bytes of shared memory a program may have
+SHARED = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}
+POINTERS = {"gate_ptr": "*fp32", "document_ptr": "*i32", "states_ptr": "*bf16"}
+SINGLE = ("S_ptr", "z_ptr", "mass_ptr", "S_after_ptr", "z_after_ptr", "excess_ptr", "factor_ptr", "dgate_ptr", "zs_ptr")
+SINGLE += ("dS_after_ptr", "dz_after_ptr", "dS_ptr", "dz_ptr")
+SCALARS = {"T": "i32", "scale": "fp32", "eps": "fp32", "stride_a": "i32", "stride_x": "i32"}
+
+
+class Variant(NamedTuple):
+    """One kernel as it is compiled: which of its options hold, its sizes and its launch options."""
+
+    sweep: str
+    kernel: Any
+    constants: dict[str, Any]
+    options: dict[str, int]
+
+
+def variants(features: int, columns: int, groups: int, gate: int, normalize: bool) -> Iterator[Variant]:
+    """The four sweeps of one kind of attention, everything optional switched on."""
+    heads = {"H": 8 * groups, "H_S": 8}
+    flags = {"GATE": gate, "DOCUMENTS": True, "NORMALIZE": normalize, "PRECISION": "ieee", "INTERPRET": False}
+    gradient = GATE_GRADIENT if gate else PLAIN
+    widths = {"F_WIDTH": features, "D_WIDTH": columns, "H_KV": 8}
+
+    def sized(kind: str, score: int, output: int, names: tuple[str, str]) -> tuple[dict[str, int], dict[str, int]]:
+        chunk, cut, warps, stages = config(kind, score, output, 16)
+        return {"C": chunk, names[0]: padded(score), names[1]: cut}, {"num_warps": warps, "num_stages": stages}
+
+    sizes, options = sized(NORMALIZED if normalize else PLAIN, features, columns, ("F", "D"))
+    yield Variant("y", sweeps.output_sweep, {**heads, **flags, **widths, **sizes, "CARRIED": True}, options)
+    sizes, options = sized(gradient, columns, features, ("D", "F"))
+    some = {"CARRIED": True, "GATE_GRADIENT": gate > 0}
+    yield Variant("dq", sweeps.query_sweep, {**heads, **flags, **widths, **sizes, **some}, options)
+    for name, score, output in (("dk", columns, features), ("dv", features, columns)):
+        sizes, options = sized(gradient if name == "dk" else PLAIN, score, output, ("A", "X"))
+        keys = name == "dk"
+        some = {"H_A": 8, "A_WIDTH": score, "X_WIDTH": output, "EXCESS": keys and normalize, "DS_AFTER": True}
+        some |= {"DZ_AFTER": keys and normalize, "DS": not keys, "DZ": keys and normalize}
+        some |= {"GATE_GRADIENT": keys and gate > 0}
+        yield Variant(name, sweeps.key_sweep, {**heads, **flags, **sizes, **some}, options)
+
+
+def compiled(variant: Variant, arch: int, dtype: str) -> Any:
+    """What Triton makes of it, with the alignment that launches have."""
+    names = list(inspect.signature(variant.kernel.fn).parameters)
+    signature, attributes = {}, {}
+    for i, name in enumerate(names):
+        if name in variant.constants:
+            signature[name] = "constexpr"
+        elif name in SCALARS:
+            signature[name] = SCALARS[name]
+        else:
+            signature[name] = POINTERS.get(name, "*fp32" if name in SINGLE else f"*{dtype}")
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(variant.kernel, signature, variant.constants, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=variant.options)
+
+
+def assembled(ptx: str, arch: int) -> tuple[int, int]:
+    """Registers per thread and bytes spilled."""
+    assembler = triton.knobs.nvidia.ptxas.path
+    name = f"sm_{arch}a" if arch == 90 else f"sm_{arch}"
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        command = [assembler, "-v", f"--gpu-name={name}", file.name, "-o", os.devnull]
+        log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    spills = sum(int(x) for x in re.findall(r"(\d+) bytes spill", log))
+    return max(int(x) for x in re.findall(r"Used (\d+) registers", log)), spills
+
+
+def check(variant: Variant, arch: int, dtype: str, allowed: int = 0) -> tuple[str, list[str]]:
+    """A line of the table, and what is wrong."""
+    kernel = compiled(variant, arch, dtype)
+    ptx = kernel.asm["ptx"]
+    registers, spills = assembled(ptx, arch)
+    product = "wgmma" if "wgmma.mma_async" in ptx else "mma" if "mma.sync" in ptx else "none"
+    shared = kernel.metadata.shared
+    wrong = []
+    if spills > allowed:
+        wrong.append(f"{spills} bytes spilled")
+    if shared > SHARED[arch]:
+        wrong.append("too much shared memory")
+    if product != ("wgmma" if arch == 90 else "mma"):
+        wrong.append(f"products by {product}")
+    line = f"{registers:9d} {spills:6d} {shared / 1024:6.0f} {product:>6}"
+    return line, wrong
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--arch", type=int, nargs="*", default=list(SHARED), choices=list(SHARED))
+    parser.add_argument("--dim", type=int, nargs="*", default=[64, 128])
+    parser.add_argument("--features", type=int, nargs="*", default=[64, 128])
+    parser.add_argument("--square", action="store_true", help="only as many features as columns")
+    parser.add_argument("--dtype", nargs="*", default=["bf16", "fp16"])
+    parser.add_argument("--group", type=int, nargs="*", default=[1, 4], help="query heads that share a state")
+    parser.add_argument("--gate", type=int, nargs="*", default=[0, 1, 2], help="0 none, 1 fixed, 2 per token")
+    parser.add_argument("--spills", type=int, default=0, help="bytes that may spill, stores and loads together")
+    parser.add_argument("--plain", action="store_true", help="leave normalised attention out")
+    chosen = parser.parse_args(arguments)
+    failed = 0
+    print("sm  dtype    F    D group gate norm sweep chunk cols warps registers spills smem/K product")
+    for arch in chosen.arch:
+        for dtype in chosen.dtype:
+            for features in chosen.features:
+                for dim in chosen.dim:
+                    if chosen.square and features != dim:
+                        continue
+                    for group in chosen.group:
+                        for gate in chosen.gate:
+                            for normalize in (False,) if chosen.plain else (False, True):
+                                for v in variants(features, dim, group, gate, normalize):
+                                    line, wrong = check(v, arch, dtype, chosen.spills)
+                                    c = v.constants
+                                    cut = c.get("X", c.get("D" if v.sweep == "y" else "F"))
+                                    head = f"{arch}  {dtype:5} {features:4} {dim:4} {group:5} {gate:4} {normalize:4}"
+                                    head += f" {v.sweep:>5} {c['C']:5} {cut:4} {v.options['num_warps']:5}"
+                                    print(head, line, "; ".join(wrong), flush=True)
+                                    failed += bool(wrong)
+    print(f"{failed} failed" if failed else "all compile")
+    return int(bool(failed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
