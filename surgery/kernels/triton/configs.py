@@ -22,7 +22,8 @@ def padded(width: int) -> int:
 PLAIN, NORMALIZED, GATE_GRADIENT = "plain", "normalized", "gate gradient"
 """What a sweep holds besides state and scores: nothing much, its denominators, or all pairs that cross a gate."""
 
-# kind, padded width of the scores' operands, padded width of the output, bits: chosen for few spills by `make check-kernels`, not yet for speed
+# keys: kind, padded width of the scores' operands, padded width of the output, bits.
+# chosen for few spills by `make check-kernels`, not yet for speed
 TABLE: dict[tuple[str, int, int, int], Config] = {
     (kind, score, output, 16): wide if kind == PLAIN or (kind == NORMALIZED and score == 64) else narrow
     for score, wide, narrow in (
