@@ -4,7 +4,7 @@
     python benchmarks/heal_demo.py build/demo/train.npy build/demo/dev.npy [--out surgery/demo]
 
 Both are `surgery convert` with shipped recipes: `llama/logmass`, and the same window, adapters, tokens and loss without
-the linear branch. Takes about three minutes on one H100.
+the linear branch. Takes about eight minutes on an H100 shared with other runs.
 """
 
 from __future__ import annotations

@@ -194,8 +194,9 @@ def _stage(
     _fit(trainer, module, checkpoint, options)
 
     tokens = steps * stage.batch_size * stage.accumulate * stage.sequence_length
-    learned = sum(p.numel() for p in network.parameters() if p.requires_grad)
-    result = StageResult(stage.kind, steps, tokens, round(time.monotonic() - began, 1), learned, validation.history)
+    result = StageResult(
+        stage.kind, steps, tokens, round(time.monotonic() - began, 1), module.learning, validation.history
+    )
     write_text(summary, _dump(asdict(result)))
     save_delta(network, delta, adapter_of(stage, network) if isinstance(stage, LoRA) else None)
     checkpoint.unlink(missing_ok=True)

@@ -44,6 +44,7 @@ class HealingModule(LightningModule):
         # checkpoints hold what learns; the rest is loaded from where the model came from
         self.strict_loading = False
         self.plateau: ReduceLROnPlateau | None = None
+        self.learning = 0
         self._random: dict[str, Any] | None = None
 
     def train_dataloader(self) -> Batches:
@@ -93,6 +94,7 @@ class HealingModule(LightningModule):
         stage = self.stage
         own_rate = stage.mixer_lr if isinstance(stage, LoRA) else None
         named = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
+        self.learning = sum(p.numel() for _, p in named)
         groups: list[dict[str, Any]] = [
             {"params": [p for name, p in named if own_rate is None or ".mixer." not in name]},
             {"params": [p for name, p in named if own_rate is not None and ".mixer." in name], "lr": own_rate},

@@ -130,6 +130,10 @@ def test_the_result_is_a_whole_checkpoint(inputs, whole):
     }
     healing = json.loads((whole / "healing.json").read_text())
     assert [stage["steps"] for stage in healing["stages"]] == [12, 12]
+    mixers = sum(
+        p.numel() for name, p in AutoModelForCausalLM.from_pretrained(whole).named_parameters() if "mixer" in name
+    )
+    assert healing["stages"][0]["parameters"] == mixers
     assert healing["stages"][0]["losses"][-1][1] < healing["stages"][0]["losses"][0][1]
     assert healing["merge"] < 1e-5
     card = (whole / "README.md").read_text()
