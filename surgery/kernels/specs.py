@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
@@ -35,6 +35,12 @@ class Window(NamedTuple):
     size: int
     layout: Literal["sliding", "terraced"] = "sliding"
     sinks: int = 0
+
+    def sees(self, query: Any, key: Any) -> Any:
+        """Whether rank `query` attends exactly to rank `key`, which is not after it: of ints or of integer tensors."""
+        size = self.size
+        near = query - key < size if self.layout == "sliding" else key // size >= query // size - 1
+        return near | (key < self.sinks)
 
     @property
     def ring(self) -> int:

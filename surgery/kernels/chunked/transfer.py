@@ -91,9 +91,5 @@ def _pairs(
     key = start[:, None, : part.stop] + ranks[:, None, : part.stop] - first
     visible = (key >= 0) & (key <= query)
     teacher = visible if limit is None else visible & (query - key < limit)
-    near = torch.zeros_like(visible)
-    if window is not None:
-        size = window.size
-        near = query - key < size if window.layout == "sliding" else key // size >= query // size - 1
-        near = visible & (near | (key < window.sinks))
+    near = torch.zeros_like(visible) if window is None else visible & window.sees(query, key)
     return visible.unsqueeze(1), near.unsqueeze(1), teacher.unsqueeze(1)

@@ -28,9 +28,7 @@ class Exact(NamedTuple):
 def split_pairs(tiles: Tiles, window: Window) -> tuple[Tensor, Tensor]:
     """Bool [B or 1, N, rows, R + rows], twice: the tile's pairs in the window, and the other visible ones."""
     query, key, visible = tiles.pairs()
-    size = window.size
-    near = query - key < size if window.layout == "sliding" else key // size >= query // size - 1
-    near = near | (key < window.sinks)
+    near = window.sees(query, key)
     return visible & near, visible & ~near
 
 

@@ -43,13 +43,12 @@ class Ring:
 
     def split(self, key: Key) -> tuple[list[Key], list[Key]]:
         """What the query at `key`, not yet pushed, attends to exactly, and linearly as far as it is kept here."""
-        size, rank = self.window.size, self.seen
+        rank = self.seen
         exact, linear = list(self.sinks), list[Key]()
         for j, kept in enumerate([*self.last, key], rank - len(self.last)):
             if j < len(self.sinks):
                 continue  # already there
-            near = rank - j < size if self.window.layout == "sliding" else j // size >= rank // size - 1
-            (exact if near or j < self.window.sinks else linear).append(kept)
+            (exact if self.window.sees(rank, j) else linear).append(kept)
         return exact, linear
 
     def push(self, key: Key) -> Key | None:

@@ -17,15 +17,6 @@ SMALLEST = 1e-12
 """Linear weights are not taken to be smaller than this, so that their logarithm is finite."""
 
 
-def sees(window: Window | None, query: int, key: int) -> bool:
-    """Whether rank `key` is one of the exact keys of rank `query`."""
-    if window is None:
-        return False
-    if window.layout == "sliding":
-        return query - key < window.size or key < window.sinks
-    return key // window.size >= query // window.size - 1 or key < window.sinks
-
-
 def attention_cross_entropy(
     q: Tensor,
     k: Tensor,
@@ -70,7 +61,8 @@ def attention_cross_entropy(
             log_a = torch.einsum("hgf,nhf->hgn", query, phi_k).flatten(0, 1).clamp(min=SMALLEST).log()
             if isinstance(mix, LogMass):
                 log_a = log_a + ((precise(seen_q[b, t]) * mix.q_weight).sum(-1) + mix.q_bias).unsqueeze(-1)
-            near = torch.tensor([sees(window, len(keys) - 1, j) for j in range(len(keys))], device=q.device)
+            ranks = torch.arange(len(keys), device=q.device)
+            near = ranks < 0 if window is None else window.sees(len(keys) - 1, ranks)
             if isinstance(mix, Joint):
                 largest = s.masked_fill(~near, float("-inf")).amax(-1, True)
                 log_a = torch.where(near, mix.factor.log().unsqueeze(-1) + s - largest, log_a)
