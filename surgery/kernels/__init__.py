@@ -14,8 +14,12 @@ gated_linear_attention = Op(
     examples.gated,
     in_triton("gated_linear_attention"),
 )
-window_attention = Op(reference.window_attention, chunked.window_attention, examples.window)
-hybrid_attention = Op(reference.hybrid_attention, chunked.hybrid_attention, examples.hybrid)
+window_attention = Op(
+    reference.window_attention, chunked.window_attention, examples.window, in_triton("window_attention")
+)
+hybrid_attention = Op(
+    reference.hybrid_attention, chunked.hybrid_attention, examples.hybrid, in_triton("hybrid_attention")
+)
 attention_cross_entropy = Op(reference.attention_cross_entropy, chunked.attention_cross_entropy, examples.transfer)
 
 OPS = {

@@ -13,8 +13,9 @@ from .. import features as maps
 from ..chunked.tiles import real
 from ..specs import Features, State
 from .decay import INTERPRET, WIDEST, decay_attention
+from .hybrid import hybrid_attention, window_attention
 
-__all__ = ["decay_attention", "gated_linear_attention", "linear_attention"]
+__all__ = ["decay_attention", "gated_linear_attention", "hybrid_attention", "linear_attention", "window_attention"]
 
 
 def linear_attention(

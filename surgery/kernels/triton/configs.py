@@ -42,3 +42,20 @@ def config(kind: str, score: int, output: int, bits: int) -> Config:
         return TABLE[key]
     small = 16 if bits == 32 or key[1] > 128 else 64
     return Config(small, min(key[2], 32 if key[1] <= 128 else 16))
+
+
+KERNELS = ("states", "outputs", "queries", "state gradients", "features", "keys", "map", "map rows", "map weights")
+LIGHT = ("states", "outputs", "state gradients", "map")
+
+# of mixed attention and the hedgehog map: warps and stages by kernel and the padded width of the widest tile
+LAUNCH: dict[tuple[str, int], tuple[int, int]] = {
+    (kernel, widest): (4 if widest <= 64 or (widest == 128 and kernel in LIGHT) else 8, 2 if "state" in kernel else 1)
+    for kernel in KERNELS
+    for widest in (64, 128, 256)
+}
+
+
+def launch(kernel: str, *widths: int) -> dict[str, int]:
+    """Launch options of a kernel whose tiles hold so many columns."""
+    warps, stages = LAUNCH[kernel, padded(max(64, *widths))]
+    return {"num_warps": warps, "num_stages": stages}

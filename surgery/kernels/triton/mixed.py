@@ -1,0 +1,311 @@
+"""Softmax over a window and, if asked for, linear attention to every earlier key, as operations torch knows."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from ..specs import Window
+from .configs import launch, padded
+from .decay import INTERPRET
+from .mixed_backward import feature_gradients, key_gradients, query_gradients, state_gradient_sweep
+from .mixed_forward import state_sweep, tile_outputs
+from .sweeps import excess_rows
+
+
+class Geometry(NamedTuple):
+    """How tiles of C tokens meet a window: they see their own chunk and `back` before it, of which the last `near`,
+    their own among them, hold no pair beyond the window."""
+
+    chunk: int
+    back: int
+    near: int
+
+    @classmethod
+    def of(cls, size: int, terraced: bool, aligned: bool, linear: bool, chunk: int) -> Geometry:
+        """aligned: all documents start where chunks do."""
+        if not terraced:
+            back, near = triton.cdiv(size - 1, chunk), size // chunk
+        elif aligned and size % chunk == 0:
+            back, near = 2 * size // chunk - 1, size // chunk + 1
+        else:
+            back, near = triton.cdiv(2 * size - 1, chunk), (size + 1) // chunk
+        return cls(chunk, back, min(near, back + 1) if linear else back + 1)
+
+
+class Call(NamedTuple):
+    """What every kernel of one call is told. linear: φ [B, T, H, F] and ψ [B, T, H_s, F], or nothing."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    phi: Tensor | None
+    psi: Tensor | None
+    start: Tensor | None
+    carried: bool
+    window: int
+    terraced: bool
+    joint: bool
+    scale: float
+    cap: float
+
+    @property
+    def features(self) -> int:
+        return 0 if self.psi is None else self.psi.shape[3]
+
+    @property
+    def state_heads(self) -> int:
+        return self.k.shape[2] if self.psi is None else self.psi.shape[2]
+
+    @property
+    def operand(self) -> torch.dtype:
+        """Of features and states: e^b would leave the range of fp16."""
+        return torch.bfloat16 if self.q.dtype == torch.bfloat16 else torch.float32
+
+    @property
+    def geometry(self) -> Geometry:
+        chunk = 64 if self.q.element_size() == 2 else 16
+        return Geometry.of(self.window, self.terraced, self.start is None, self.psi is not None, chunk)
+
+    @property
+    def states(self) -> int:
+        """M: how many states are read, at least one."""
+        return max(1, triton.cdiv(self.q.shape[1], self.geometry.chunk) - self.geometry.back)
+
+    @property
+    def common(self) -> dict[str, Any]:
+        return {
+            "H_S": self.state_heads,
+            "C": self.geometry.chunk,
+            "START": self.start is not None,
+            "PRECISION": "tf32" if self.q.dtype == torch.float16 else "ieee",
+            "INTERPRET": INTERPRET,
+        }
+
+    def told(self, kernel: Any) -> dict[str, Any]:
+        """What a kernel that looks at pairs asks for by name."""
+        d, v, f = self.q.shape[3], self.v.shape[3], self.features
+        known = self.common | {
+            "H": self.q.shape[2],
+            "H_KV": self.k.shape[2],
+            "D_WIDTH": d,
+            "V_WIDTH": v,
+            "F_WIDTH": f,
+            "D": padded(d),
+            "V": padded(v),
+            "F": padded(f) if f else 16,
+            "W": self.window,
+            "TERRACED": self.terraced,
+            "BACK": self.geometry.back,
+            "NEAR": self.geometry.near,
+            "LINEAR": self.psi is not None,
+            "JOINT": self.joint,
+            "CAP": self.cap > 0,
+            "CARRIED": self.carried,
+        }
+        return {name: x for name, x in known.items() if name in kernel.arg_names}
+
+    def launch(self, kernel: str) -> dict[str, int]:
+        return launch(kernel, self.q.shape[3], self.v.shape[3], self.features)
+
+    def grid(self, heads: int) -> tuple[int, int, int]:
+        return heads, triton.cdiv(self.q.shape[1], self.geometry.chunk), self.q.shape[0]
+
+    def slices(self) -> tuple[tuple[int, int, int], int, int]:
+        """The grid of a sweep of states, and the rows and columns of its programs."""
+        f, d = min(padded(self.features), 64), min(padded(self.v.shape[3]), 64)
+        cuts = triton.cdiv(self.features, f) * triton.cdiv(self.v.shape[3], d)
+        return (cuts, self.state_heads, self.q.shape[0]), f, d
+
+
+def sweep_states(call: Call, S: Tensor | None, z: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The states that tiles of queries read."""
+    assert call.psi is not None
+    batch, heads, f, d = call.q.shape[0], call.state_heads, call.features, call.v.shape[3]
+    states = call.q.new_empty((batch, heads, call.states, f, d), dtype=call.operand)
+    zs = call.q.new_empty((batch, heads, call.states, f), dtype=torch.float32)
+    grid, rows, columns = call.slices()
+    state_sweep[grid](
+        call.psi, call.v, call.start, S, z, states, zs, call.q.shape[1], call.states, H_KV=call.v.shape[2], F_WIDTH=f,
+        D_WIDTH=d, F=rows, D=columns, CARRIED=call.carried, **call.common, **call.launch("states"),
+    )  # fmt: skip
+    return states, zs
+
+
+@torch.library.custom_op("surgery::mixed_attention", mutates_args=())
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    phi: Tensor | None,
+    psi: Tensor | None,
+    mass: Tensor | None,
+    S: Tensor | None,
+    z: Tensor | None,
+    start: Tensor | None,
+    window: int,
+    terraced: bool,
+    joint: bool,
+    scale: float,
+    cap: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y, the logs of the rows' normalisers [B, T, H], the factors of their linear weights, and where their largest
+    score is; empty where there is no such thing."""
+    q, k, v, phi, psi, mass, S, z, start = _contiguous(q, k, v, phi, psi, mass, S, z, start)
+    call = Call(q, k, v, phi, psi, start, S is not None, window, terraced, joint, scale, cap)
+    y, log_total, factor, top = _outputs(q, v, psi is not None, joint)
+    states, zs = sweep_states(call, S, z) if psi is not None else (None, None)
+    tile_outputs[call.grid(q.shape[2])](
+        q, k, v, phi, psi, mass, start, states, zs, y, log_total, factor, top, q.shape[1], call.states, scale, cap,
+        **call.told(tile_outputs), **call.launch("outputs"),
+    )  # fmt: skip
+    return y, log_total, factor, top
+
+
+@_forward.register_fake
+def _(q, k, v, phi, psi, mass, S, z, start, window, terraced, joint, scale, cap):
+    return _outputs(q, v, psi is not None, joint)
+
+
+def _outputs(q: Tensor, v: Tensor, linear: bool, joint: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows = q.shape[:3]
+    y = q.new_empty(*rows, v.shape[3])
+    log_total = q.new_empty(rows, dtype=torch.float32)
+    factor = q.new_empty(rows if linear else (0,), dtype=torch.float32)
+    return y, log_total, factor, q.new_empty(rows if joint else (0,), dtype=torch.int32)
+
+
+def _contiguous(*tensors: Tensor | None) -> list[Any]:
+    return [None if x is None else x.contiguous() for x in tensors]
+
+
+@torch.library.custom_op("surgery::mixed_attention_backward", mutates_args=())
+def _backward(
+    dy: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    phi: Tensor | None,
+    psi: Tensor | None,
+    S: Tensor | None,
+    z: Tensor | None,
+    start: Tensor | None,
+    y: Tensor,
+    log_total: Tensor,
+    factor: Tensor,
+    top: Tensor,
+    window: int,
+    terraced: bool,
+    joint: bool,
+    scale: float,
+    cap: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, φ, ψ, a (per row), S and z; empty where there is nothing to take one of."""
+    dy, q, k, v, phi, psi, S, z, start = _contiguous(dy, q, k, v, phi, psi, S, z, start)
+    call = Call(q, k, v, phi, psi, start, S is not None, window, terraced, joint, scale, cap)
+    dq, dk, dv, dphi, dpsi, dmass, dS, dz = _gradients(q, k, v, phi, psi, S, z)
+    delta = torch.empty_like(log_total)
+    rows, width = delta.numel(), v.shape[3]
+    excess_rows[(triton.cdiv(rows, 32),)](dy, y, delta, rows, WIDTH=width, R=32, X=padded(width))
+    states, zs = sweep_states(call, S, z) if psi is not None else (None, None)
+    query_gradients[call.grid(q.shape[2])](
+        q, k, v, psi, start, states, zs, dy, delta, log_total, factor, top, dq, dphi, dmass, q.shape[1], call.states,
+        scale, cap, **call.told(query_gradients), **call.launch("queries"),
+    )  # fmt: skip
+    part = q.new_empty(0)
+    if psi is not None:
+        grid, f, d = call.slices()
+        state_gradient_sweep[grid](
+            phi, dy, delta, factor, start, states, zs, dS, dz, q.shape[1], call.states, H=q.shape[2],
+            F_WIDTH=call.features, V_WIDTH=width, F=f, V=d, BACK=call.geometry.back, CARRIED=call.carried,
+            **call.common, **call.launch("state gradients"),
+        )  # fmt: skip
+        part = log_total.new_empty(*psi.shape[:3], width)
+        feature_gradients[call.grid(call.state_heads)](
+            v, phi, psi, start, states, zs, dy, delta, factor, part, dpsi, q.shape[1], call.states,
+            **call.told(feature_gradients), **call.launch("features"),
+        )  # fmt: skip
+    key_gradients[call.grid(k.shape[2])](
+        q, k, v, start, dy, delta, log_total, top, dmass, part, dk, dv, q.shape[1], scale, cap,
+        **call.told(key_gradients), **call.launch("keys"),
+    )  # fmt: skip
+    return dq, dk, dv, dphi, dpsi, dmass, dS, dz
+
+
+@_backward.register_fake
+def _(dy, q, k, v, phi, psi, S, z, start, y, log_total, factor, top, window, terraced, joint, scale, cap):
+    return _gradients(q, k, v, phi, psi, S, z)
+
+
+def _gradients(
+    q: Tensor, k: Tensor, v: Tensor, phi: Tensor | None, psi: Tensor | None, S: Tensor | None, z: Tensor | None
+) -> tuple[Tensor, ...]:
+    def like(x: Tensor | None) -> Tensor:
+        return q.new_empty(0) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format)
+
+    dmass = q.new_empty(q.shape[:3] if psi is not None else (0,), dtype=torch.float32)
+    return like(q), like(k), like(v), like(phi), like(psi), dmass, like(S), like(z)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    q, k, v, phi, psi, mass, S, z, start, *ctx.scalars = inputs
+    ctx.save_for_backward(q, k, v, phi, psi, S, z, start, *output)
+    ctx.set_materialize_grads(False)
+
+
+def _chain(ctx: Any, dy: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
+    *tensors, y, log_total, factor, top = ctx.saved_tensors
+    dy = torch.zeros_like(y) if dy is None else dy
+    joint = ctx.scalars[2]
+    dq, dk, dv, dphi, dpsi, dmass, dS, dz = _backward(dy, *tensors, y, log_total, factor, top, *ctx.scalars)
+    # a number per head is subtracted from the largest score
+    dmass = -dmass.sum((0, 1)) if joint else dmass
+    found = (dq, dk, dv, dphi, dpsi, dmass, dS, dz)
+    gradients = (x if wanted else None for x, wanted in zip(found, ctx.needs_input_grad, strict=False))
+    return *gradients, None, None, None, None, None, None
+
+
+_forward.register_autograd(_chain, setup_context=_setup)
+
+
+def mixed_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: Window,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    phi: Tensor | None = None,
+    psi: Tensor | None = None,
+    log_mass: Tensor | None = None,
+    log_factor: Tensor | None = None,
+    S: Tensor | None = None,
+    z: Tensor | None = None,
+    start: Tensor | None = None,
+) -> Tensor:
+    """Softmax over a window and, if φ and ψ are given, linear attention to all other earlier keys, one normaliser:
+
+        y_i = Σ_j w_ij v_j / Σ_j w_ij,   w_ij = e^(s_ij) in the window,   e^(a_i) φ_i·ψ_j beyond it,
+
+    with s_ij = scale q_i·k_j, capped as in `window_attention`.
+
+    q: [B, T, H, D]; k: [B, T, H_kv, D]; v: [B, T, H_kv, D_v]; fp32, fp16 or bf16, all the same; D and D_v up to 256.
+    window: without sinks.
+    phi: [B, T, H, F]; psi: [B, T, H_s, F], not negative, F up to 256; bf16 if q is, else fp32. H_s: a multiple of H_kv.
+    log_mass: a [B, T, H], fp32; or log_factor: [H] fp32, and a_i is the largest score of the window less it (LoLCATs).
+    S: [B, H_s, F, D_v] and z: [B, H_s, F], the sums over keys before the first. start: int32 [B, T], where each token's
+    document starts; negative before the first token, and only such tokens read S and z. None: at the first token.
+    Returns y [B, T, H, D_v] in q's dtype.
+    """
+    mass = log_mass if log_factor is None else log_factor
+    numbers = [None if x is None else x.float() for x in (mass, S, z)]
+    size, terraced = window.size, window.layout == "terraced"
+    cap = 0.0 if softcap is None else float(softcap)
+    y, *_ = _forward(
+        q, k, v, phi, psi, *numbers, start, size, terraced, log_factor is not None, float(scale), cap
+    )  # fmt: skip
+    return y

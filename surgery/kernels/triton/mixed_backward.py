@@ -1,0 +1,253 @@
+"""Kernels of mixed attention, backward: gradients of queries tile by tile; a sweep of states from the end, and with
+them the gradients of keys chunk by chunk.
+
+With weights w_ij that sum to one, y_i = Σ w_ij v_j, and δ_i = dy_i·y_i, log w_ij has gradient w_ij (dy_i·v_j - δ_i).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .mixed_tiles import load_matrix, load_vector, pairs, power, scored, starts, uncapped
+from .tiles import load_each, load_rows, store_each, store_rows
+
+
+@triton.jit
+def query_tile(
+    dq, dphi, sums, q, dy, delta, log_total, start, k_ptr, v_ptr, psi_ptr, b, n, back, T, scale, cap, kv, state_head,
+    H_S: tl.constexpr, H_KV: tl.constexpr, D_WIDTH: tl.constexpr, V_WIDTH: tl.constexpr, F_WIDTH: tl.constexpr,
+    C: tl.constexpr, D: tl.constexpr, V: tl.constexpr, F: tl.constexpr, W: tl.constexpr, TERRACED: tl.constexpr,
+    LINEAR: tl.constexpr, CAP: tl.constexpr, PRECISION: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """Adds what the chunk of keys `back` chunks before the queries gives."""
+    r = tl.arange(0, C)
+    query, key = n * C + r, (n - back) * C + r
+    row, live = b * T + (n - back) * C, T - (n - back) * C
+    k = load_rows(k_ptr, row, live, kv, 0, H_KV, D_WIDTH, C, D, INTERPRET)
+    v = load_rows(v_ptr, row, live, kv, 0, H_KV, V_WIDTH, C, V, INTERPRET)
+    s = scored(tl.dot(q, tl.trans(k), input_precision=PRECISION), scale, cap, CAP)
+    near, far = pairs(query[:, None], key[None, :], start[:, None], W, TERRACED)
+    dw = tl.dot(dy, tl.trans(v), input_precision=PRECISION) - delta[:, None]
+    ds = tl.where(near, power(s - log_total[:, None]), 0.0) * dw
+    sums += tl.sum(ds, 1)
+    dq = tl.dot(uncapped(ds, s, cap, CAP).to(k.dtype), k, dq, input_precision=PRECISION)
+    if LINEAR:
+        psi = load_rows(psi_ptr, row, live, state_head, 0, H_S, F_WIDTH, C, F, INTERPRET)
+        dphi = tl.dot(tl.where(far, dw, 0.0).to(psi.dtype), psi, dphi, input_precision=PRECISION)
+    return dq, dphi, sums
+
+
+@triton.jit(do_not_specialize=["T", "M"])
+def query_gradients(
+    q_ptr, k_ptr, v_ptr, psi_ptr, start_ptr, states_ptr, zs_ptr, dy_ptr, delta_ptr, log_ptr, factor_ptr, top_ptr,
+    dq_ptr, dphi_ptr, dmass_ptr,
+    T, M, scale, cap,
+    H: tl.constexpr, H_S: tl.constexpr, H_KV: tl.constexpr,
+    D_WIDTH: tl.constexpr, V_WIDTH: tl.constexpr, F_WIDTH: tl.constexpr,
+    C: tl.constexpr, D: tl.constexpr, V: tl.constexpr, F: tl.constexpr, W: tl.constexpr, TERRACED: tl.constexpr,
+    BACK: tl.constexpr, NEAR: tl.constexpr, LINEAR: tl.constexpr, JOINT: tl.constexpr, CAP: tl.constexpr,
+    START: tl.constexpr, CARRIED: tl.constexpr, PRECISION: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """dq, dφ and the gradient of a_i, for C queries of one head."""
+    head, n, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    state_head, kv = head // (H // H_S), head // (H // H_KV)
+    r = tl.arange(0, C)
+    row, live = b * T + n * C, T - n * C
+    start = starts(start_ptr, row, live, START, C)
+    q = load_rows(q_ptr, row, live, head, 0, H, D_WIDTH, C, D, INTERPRET)
+    dy = load_rows(dy_ptr, row, live, head, 0, H, V_WIDTH, C, V, INTERPRET)
+    delta = load_each(delta_ptr, row, live, head, H, C, 0.0)
+    log_total = load_each(log_ptr, row, live, head, H, C, 0.0)
+    dq = tl.zeros([C, D], tl.float32)
+    dphi = tl.zeros([C, F], tl.float32)
+    sums = tl.zeros([C], tl.float32)
+    if LINEAR:
+        before = tl.maximum(n - BACK, 0)
+        if CARRIED or n > BACK:
+            at = (b * H_S + state_head) * M + before
+            S = load_matrix(states_ptr, at, F_WIDTH, V_WIDTH, F, V, INTERPRET)
+            dphi = tl.dot(dy.to(S.dtype), tl.trans(S), input_precision=PRECISION)
+            dphi -= delta[:, None] * load_vector(zs_ptr, at, F_WIDTH, F)[None, :]
+            if START:
+                dphi = tl.where((start < before * C)[:, None], dphi, 0.0)
+        for step in tl.static_range(BACK - NEAR + 1):
+            if n >= BACK - step:
+                dq, dphi, sums = query_tile(
+                    dq, dphi, sums, q, dy, delta, log_total, start, k_ptr, v_ptr, psi_ptr, b, n, BACK - step, T, scale,
+                    cap, kv, state_head, H_S, H_KV, D_WIDTH, V_WIDTH, F_WIDTH, C, D, V, F, W, TERRACED, True, CAP,
+                    PRECISION, INTERPRET,
+                )  # fmt: skip
+    for step in range(tl.maximum(NEAR - 1 - n, 0), NEAR):
+        dq, dphi, sums = query_tile(
+            dq, dphi, sums, q, dy, delta, log_total, start, k_ptr, v_ptr, psi_ptr, b, n, NEAR - 1 - step, T, scale, cap,
+            kv, state_head, H_S, H_KV, D_WIDTH, V_WIDTH, F_WIDTH, C, D, V, F, W, TERRACED, False, CAP, PRECISION,
+            INTERPRET,
+        )  # fmt: skip
+    if LINEAR:
+        factor = load_each(factor_ptr, row, live, head, H, C, 0.0)
+        store_rows(dphi_ptr, dphi * factor[:, None], row, live, head, 0, H, F_WIDTH, C, F)
+        # all weights sum to one, so what the window gains, the rest loses
+        store_each(dmass_ptr, -sums, row, live, head, H, C)
+        if JOINT:
+            top = tl.load(top_ptr + row * H + head + r * H, mask=r < live, other=0)
+            d = tl.arange(0, D)[None, :]
+            known = (r < live)[:, None] & (d < D_WIDTH)
+            best = tl.load(k_ptr + ((b * T + top) * H_KV + kv)[:, None] * D_WIDTH + d, mask=known, other=0.0)
+            best = best.to(tl.float32)
+            s = scored(tl.sum(q.to(tl.float32) * best, 1), scale, cap, CAP)
+            dq -= uncapped(sums, s, cap, CAP)[:, None] * best
+    store_rows(dq_ptr, dq * scale, row, live, head, 0, H, D_WIDTH, C, D)
+
+
+@triton.jit(do_not_specialize=["T", "M"])
+def state_gradient_sweep(
+    phi_ptr, dy_ptr, delta_ptr, factor_ptr, start_ptr, states_ptr, zs_ptr, dS_ptr, dz_ptr,
+    T, M,
+    H: tl.constexpr, H_S: tl.constexpr, F_WIDTH: tl.constexpr, V_WIDTH: tl.constexpr,
+    C: tl.constexpr, F: tl.constexpr, V: tl.constexpr, BACK: tl.constexpr, START: tl.constexpr, CARRIED: tl.constexpr,
+    PRECISION: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """For each of M chunks of keys, the gradient of its contribution to the states that later queries read; and, if
+    CARRIED, that of the state before the first. F x V of it per program."""
+    slices: tl.constexpr = (V_WIDTH + V - 1) // V
+    slice_, head, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    first_f, first_v = slice_ // slices * F, slice_ % slices * V
+    f = first_f + tl.arange(0, F)
+    v = first_v + tl.arange(0, V)
+    inside = (f[:, None] < F_WIDTH) & (v[None, :] < V_WIDTH)
+    where = f[:, None] * V_WIDTH + v[None, :]
+    dS = tl.zeros([F, V], tl.float32)
+    dz = tl.zeros([F], tl.float32)
+    # tiles n read the keys before chunk n - BACK; those up to BACK read the carried state alone
+    last = tl.cdiv(T, C) - 1
+    for step in range(last + 1 if CARRIED else last - BACK):
+        n = last - step
+        before = tl.maximum(n - BACK, 0)
+        row, live = b * T + n * C, T - n * C
+        start = starts(start_ptr, row, live, START, C)
+        if START and n >= BACK and step > 0:
+            # what later tiles read is of the document that chunk `before` ends in, which may begin there
+            begins = tl.load(start_ptr + b * T + (before + 1) * C - 1)
+            stays = tl.where(begins < before * C, 1.0, 0.0)
+            dS *= stays
+            dz *= stays
+        for g in range(H // H_S):
+            query = head * (H // H_S) + g
+            factor = load_each(factor_ptr, row, live, query, H, C, 0.0)
+            if START:
+                factor = tl.where(start < before * C, factor, 0.0)
+            phi = load_rows(phi_ptr, row, live, query, first_f, H, F_WIDTH, C, F, INTERPRET)
+            dy = load_rows(dy_ptr, row, live, query, first_v, H, V_WIDTH, C, V, INTERPRET)
+            delta = load_each(delta_ptr, row, live, query, H, C, 0.0)
+            weighted = phi.to(tl.float32) * factor[:, None]
+            dS = tl.dot(tl.trans(weighted.to(phi.dtype)), dy.to(phi.dtype), dS, input_precision=PRECISION)
+            dz -= tl.sum(weighted * delta[:, None], 0)
+        if n > BACK:
+            at = (b * H_S + head) * M + before - 1
+            tl.store(states_ptr + at * (F_WIDTH * V_WIDTH) + where, dS.to(states_ptr.dtype.element_ty), mask=inside)
+            if first_v == 0:
+                tl.store(zs_ptr + at * F_WIDTH + f, dz, mask=f < F_WIDTH)
+    if CARRIED:
+        at = b * H_S + head
+        tl.store(dS_ptr + at * (F_WIDTH * V_WIDTH) + where, dS, mask=inside)
+        if first_v == 0:
+            tl.store(dz_ptr + at * F_WIDTH + f, dz, mask=f < F_WIDTH)
+
+
+@triton.jit(do_not_specialize=["T", "M"])
+def feature_gradients(
+    v_ptr, phi_ptr, psi_ptr, start_ptr, states_ptr, zs_ptr, dy_ptr, delta_ptr, factor_ptr, dv_ptr, dpsi_ptr,
+    T, M,
+    H: tl.constexpr, H_S: tl.constexpr, H_KV: tl.constexpr, V_WIDTH: tl.constexpr, F_WIDTH: tl.constexpr,
+    C: tl.constexpr, V: tl.constexpr, F: tl.constexpr, W: tl.constexpr, TERRACED: tl.constexpr, BACK: tl.constexpr,
+    NEAR: tl.constexpr, START: tl.constexpr, PRECISION: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """dψ of a chunk of keys of one head of the state, and the linear branch's part of dv."""
+    head, m, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    r = tl.arange(0, C)
+    key = m * C + r
+    row, live = b * T + m * C, T - m * C
+    chunks = tl.cdiv(T, C)
+    v = load_rows(v_ptr, row, live, head // (H_S // H_KV), 0, H_KV, V_WIDTH, C, V, INTERPRET)
+    psi = load_rows(psi_ptr, row, live, head, 0, H_S, F_WIDTH, C, F, INTERPRET)
+    dv = tl.zeros([C, V], tl.float32)
+    dpsi = tl.zeros([C, F], tl.float32)
+    if m < chunks - 1 - BACK:
+        at = (b * H_S + head) * M + m
+        dS = load_matrix(states_ptr, at, F_WIDTH, V_WIDTH, F, V, INTERPRET)
+        dv = tl.dot(psi, dS, input_precision=PRECISION)
+        dpsi = tl.dot(v.to(dS.dtype), tl.trans(dS), input_precision=PRECISION)
+        dpsi += load_vector(zs_ptr, at, F_WIDTH, F)[None, :]
+        if START:
+            start = starts(start_ptr, row, live, START, C)
+            # the state goes on from here only in the document that the chunk ends in
+            enters = (start == tl.load(start_ptr + row + C - 1)) & (key >= start)
+            dv = tl.where(enters[:, None], dv, 0.0)
+            dpsi = tl.where(enters[:, None], dpsi, 0.0)
+    for g in range(H // H_S):
+        query_head = head * (H // H_S) + g
+        for step in tl.static_range(BACK - NEAR + 1):
+            n = m + NEAR + step
+            if n < chunks:
+                row, live = b * T + n * C, T - n * C
+                start = starts(start_ptr, row, live, START, C)
+                dy = load_rows(dy_ptr, row, live, query_head, 0, H, V_WIDTH, C, V, INTERPRET)
+                phi = load_rows(phi_ptr, row, live, query_head, 0, H, F_WIDTH, C, F, INTERPRET)
+                delta = load_each(delta_ptr, row, live, query_head, H, C, 0.0)
+                factor = load_each(factor_ptr, row, live, query_head, H, C, 0.0)
+                _, far = pairs((n * C + r)[None, :], key[:, None], start[None, :], W, TERRACED)
+                u = tl.where(far, tl.dot(psi, tl.trans(phi), input_precision=PRECISION) * factor[None, :], 0.0)
+                dv = tl.dot(u.to(dy.dtype), dy, dv, input_precision=PRECISION)
+                dw = tl.dot(v, tl.trans(dy), input_precision=PRECISION) - delta[None, :]
+                du = tl.where(far, dw * factor[None, :], 0.0)
+                dpsi = tl.dot(du.to(phi.dtype), phi, dpsi, input_precision=PRECISION)
+    row, live = b * T + m * C, T - m * C
+    store_rows(dv_ptr, dv, row, live, head, 0, H_S, V_WIDTH, C, V)
+    store_rows(dpsi_ptr, dpsi, row, live, head, 0, H_S, F_WIDTH, C, F)
+
+
+@triton.jit(do_not_specialize=["T"])
+def key_gradients(
+    q_ptr, k_ptr, v_ptr, start_ptr, dy_ptr, delta_ptr, log_ptr, top_ptr, dmass_ptr, far_ptr, dk_ptr, dv_ptr,
+    T, scale, cap,
+    H: tl.constexpr, H_S: tl.constexpr, H_KV: tl.constexpr, D_WIDTH: tl.constexpr, V_WIDTH: tl.constexpr,
+    C: tl.constexpr, D: tl.constexpr, V: tl.constexpr, W: tl.constexpr, TERRACED: tl.constexpr, BACK: tl.constexpr,
+    LINEAR: tl.constexpr, JOINT: tl.constexpr, CAP: tl.constexpr, START: tl.constexpr, PRECISION: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """dk and dv of a chunk of keys of one head; if LINEAR, with what `feature_gradients` found of dv."""
+    head, m, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    r = tl.arange(0, C)
+    key = m * C + r
+    row, live = b * T + m * C, T - m * C
+    forth = tl.minimum(BACK + 1, tl.cdiv(T, C) - m)
+    k = load_rows(k_ptr, row, live, head, 0, H_KV, D_WIDTH, C, D, INTERPRET)
+    v = load_rows(v_ptr, row, live, head, 0, H_KV, V_WIDTH, C, V, INTERPRET)
+    dk = tl.zeros([C, D], tl.float32)
+    dv = tl.zeros([C, V], tl.float32)
+    for step in range(H // H_KV * forth):
+        query_head = head * (H // H_KV) + step // forth
+        n = m + step % forth
+        row, live = b * T + n * C, T - n * C
+        start = starts(start_ptr, row, live, START, C)
+        q = load_rows(q_ptr, row, live, query_head, 0, H, D_WIDTH, C, D, INTERPRET)
+        dy = load_rows(dy_ptr, row, live, query_head, 0, H, V_WIDTH, C, V, INTERPRET)
+        delta = load_each(delta_ptr, row, live, query_head, H, C, 0.0)
+        log_total = load_each(log_ptr, row, live, query_head, H, C, 0.0)
+        s = scored(tl.dot(k, tl.trans(q), input_precision=PRECISION), scale, cap, CAP)
+        near, _ = pairs((n * C + r)[None, :], key[:, None], start[None, :], W, TERRACED)
+        weights = tl.where(near, power(s - log_total[None, :]), 0.0)
+        dv = tl.dot(weights.to(dy.dtype), dy, dv, input_precision=PRECISION)
+        ds = weights * (tl.dot(v, tl.trans(dy), input_precision=PRECISION) - delta[None, :])
+        if JOINT:
+            top = tl.load(top_ptr + row * H + query_head + r * H, mask=r < live, other=-1)
+            dmass = load_each(dmass_ptr, row, live, query_head, H, C, 0.0)
+            ds += tl.where(top[None, :] == key[:, None], dmass[None, :], 0.0)
+        dk = tl.dot(uncapped(ds, s, cap, CAP).to(q.dtype), q, dk, input_precision=PRECISION)
+    row, live = b * T + m * C, T - m * C
+    if LINEAR:
+        for share in tl.static_range(H_S // H_KV):
+            dv += load_rows(far_ptr, row, live, head * (H_S // H_KV) + share, 0, H_S, V_WIDTH, C, V, INTERPRET)
+    store_rows(dk_ptr, dk * scale, row, live, head, 0, H_KV, D_WIDTH, C, D)
+    store_rows(dv_ptr, dv, row, live, head, 0, H_KV, V_WIDTH, C, V)
