@@ -17,6 +17,8 @@ BACKENDS = ("reference", "chunked", "triton")
 VARIABLE = "SURGERY_BACKEND"
 MISSING = "The backend 'triton' needs the package triton, which is not installed: pip install triton."
 
+HAS_TRITON = find_spec("triton") is not None
+
 _forced: str | None = os.environ.get(VARIABLE) or None
 
 
@@ -26,7 +28,7 @@ def backend(name: str) -> Iterator[None]:
     global _forced
     if name not in BACKENDS:
         raise ValueError(_unknown(name))
-    if name == "triton" and find_spec("triton") is None:
+    if name == "triton" and not HAS_TRITON:
         raise ModuleNotFoundError(MISSING, name="triton")
     before, _forced = _forced, name
     try:
@@ -53,6 +55,22 @@ def in_triton(name: str) -> Callable[..., Any]:
     return run
 
 
+def preferred(x: torch.Tensor) -> str:
+    """The fastest backend for such a tensor: kernels for 16 bits on a GPU, since tensor cores round anything wider."""
+    return "triton" if x.is_cuda and x.dtype.itemsize == 2 and HAS_TRITON else "chunked"
+
+
+def lowered(dtype: torch.dtype, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """Queries, keys and values, the only ones by position before gates, as autocast hands them to torch's attention:
+    rotation leaves them in fp32 where the model's weights are."""
+
+    def cast(x: Any) -> Any:
+        return x.to(dtype) if isinstance(x, torch.Tensor) and x.dtype == torch.float32 else x
+
+    named = {name: cast(x) if name in ("q", "k", "v", "linear_q", "linear_k") else x for name, x in kwargs.items()}
+    return (*map(cast, args[:3]), *args[3:]), named
+
+
 class Op(Generic[P, R]):
     """One operation and its implementations, which take the same arguments and agree up to rounding.
 
@@ -76,14 +94,15 @@ class Op(Generic[P, R]):
         self.triton = triton
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        # kernels run only where asked for, until they have been measured on a gpu
-        name = _forced or "chunked"
+        device = next(x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)).device.type
+        if torch.is_autocast_enabled(device):
+            args, kwargs = lowered(torch.get_autocast_dtype(device), args, kwargs)
+        name = _forced or preferred(next(x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)))
         if name not in BACKENDS:
             raise ValueError(_unknown(name))
         run = getattr(self, name) or self.chunked
-        device = next(x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)).device
         # autocast would turn the fp32 mathematics inside into 16-bit products
-        with torch.autocast(device.type, enabled=False):
+        with torch.autocast(device, enabled=False):
             return run(*args, **kwargs)
 
     def __repr__(self) -> str:

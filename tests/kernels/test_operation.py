@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -210,7 +211,7 @@ def test_missing_triton_is_named(monkeypatch):
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "triton", None)
     monkeypatch.delattr(kernels, "triton", raising=False)
-    monkeypatch.setattr(dispatch, "find_spec", lambda name: None)
+    monkeypatch.setattr(dispatch, "HAS_TRITON", False)
     with pytest.raises(ModuleNotFoundError, match="needs the package triton"), kernels.backend("triton"):
         pass
     monkeypatch.setattr(dispatch, "_forced", "triton")
@@ -242,3 +243,25 @@ def test_backend_of_the_environment(monkeypatch):
 def test_unknown_backend():
     with pytest.raises(ValueError, match="no backend 'refrence'"), kernels.backend("refrence"):
         pass
+
+
+def test_autocast_lowers_queries_keys_and_values():
+    """As it does for torch's own attention: rotation leaves fp32 behind where weights are fp32."""
+    for form in ("gated-scalar", "logmass-raw"):
+        call = Call.of(form, TINY, torch.float32)
+        names = ("q", "k", "v", "linear_q", "linear_k")
+        low = {n: x.bfloat16() if n in names else x for n, x in call.arguments.items()}
+        with torch.autocast("cpu", torch.bfloat16):
+            found = call.op(**call.arguments)[0]
+        assert found.dtype == torch.bfloat16
+        assert torch.equal(found, call.op(**low)[0])
+
+
+def test_kernels_run_on_a_gpu_for_16_bits():
+    class On(NamedTuple):
+        is_cuda: bool
+        dtype: torch.dtype
+
+    assert dispatch.preferred(On(True, torch.bfloat16)) == ("triton" if dispatch.HAS_TRITON else "chunked")
+    assert dispatch.preferred(On(True, torch.float32)) == "chunked"
+    assert dispatch.preferred(On(False, torch.bfloat16)) == "chunked"

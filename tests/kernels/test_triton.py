@@ -178,7 +178,7 @@ def test_sixteen_bits(dtype):
 def test_is_an_operation_torch_knows(gate):
     t = {name: x.requires_grad_() for name, x in draw(9, gate, heads=(2, 1, 1), features=3, columns=4).items()}
     arguments = (t["q"], t["k"], t["v"], t.get("log_decay"), t["S"], t["z"], torch.arange(9)[None].int() // 4)
-    torch.library.opcheck(torch.ops.surgery.decay_attention.default, (*arguments, 0.5, True, 1e-12))
+    torch.library.opcheck(torch.ops.surgery.decay_attention.default, (*arguments, 0.5, True, 1e-12, True))
 
 
 @pytest.mark.parametrize("normalize", [False, True], ids=["plain", "normalized"])

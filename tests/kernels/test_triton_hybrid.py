@@ -70,6 +70,15 @@ def test_gradients_are_those_of_plain_torch(form):
     assert difference(found, gradients(exact, "chunked", segments=segments)) < 1e-5
 
 
+def test_states_by_one_sweep(monkeypatch):
+    """As where there are enough heads to fill a GPU."""
+    from surgery.kernels.triton import mixed
+
+    monkeypatch.setattr(mixed, "FEW", 0)
+    test_gradients_are_those_of_plain_torch("logmass")
+    test_is_the_reference("logmass-terraced")
+
+
 def test_gradients_of_a_carried_state():
     ours, exact = cases("logmass", Shape(60))
     state = exact.span(0, 20).run("reference")[1]

@@ -22,14 +22,10 @@ def padded(width: int) -> int:
 PLAIN, NORMALIZED, GATE_GRADIENT = "plain", "normalized", "gate gradient"
 """What a sweep holds besides state and scores: nothing much, its denominators, or all pairs that cross a gate."""
 
-# keys: kind, padded width of the scores' operands, padded width of the output, bits.
-# chosen for few spills by `make check-kernels`, not yet for speed
+# keys: kind, padded width of the scores' operands, padded width of the output, bits; as `benchmarks.tune` found them
 TABLE: dict[tuple[str, int, int, int], Config] = {
-    (kind, score, output, 16): wide if kind == PLAIN or (kind == NORMALIZED and score == 64) else narrow
-    for score, wide, narrow in (
-        (64, Config(64, 32, 8), Config(64, 16, 4)),
-        (128, Config(64, 32, 8), Config(64, 16, 8)),
-    )
+    (kind, score, output, 16): Config(64, 64, 4, 2 if max(score, output) > 64 else 3)
+    for score in (64, 128)
     for output in (64, 128)
     for kind in (PLAIN, NORMALIZED, GATE_GRADIENT)
 }
@@ -44,15 +40,17 @@ def config(kind: str, score: int, output: int, bits: int) -> Config:
     return Config(small, min(key[2], 32 if key[1] <= 128 else 16))
 
 
-KERNELS = ("states", "outputs", "queries", "state gradients", "features", "keys", "map", "map rows", "map weights")
-LIGHT = ("states", "outputs", "state gradients", "map")
-
-# of mixed attention and the hedgehog map: warps and stages by kernel and the padded width of the widest tile
-LAUNCH: dict[tuple[str, int], tuple[int, int]] = {
-    (kernel, widest): (4 if widest <= 64 or (widest == 128 and kernel in LIGHT) else 8, 2 if "state" in kernel else 1)
-    for kernel in KERNELS
+# of mixed attention and the hedgehog map, stages by kernel. More warps share registers that few kernels can spare
+STAGES = {
+    "states": 3, "increments": 1, "outputs": 1, "queries": 1, "features": 1, "keys": 2, "map": 1, "map rows": 1,
+    "map weights": 3,
+}  # fmt: skip
+LAUNCH = {
+    (kernel, widest): (8 if widest == 256 or (widest == 128 and kernel == "increments") else 4, stages)
+    for kernel, stages in STAGES.items()
     for widest in (64, 128, 256)
 }
+"""Warps and stages by kernel and the padded width of the widest tile."""
 
 
 def launch(kernel: str, *widths: int) -> dict[str, int]:

@@ -64,31 +64,36 @@ def _forward(
     scale: float,
     normalize: bool,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y, the state after the call, and the denominators [B, T, H]; empty where there is no normaliser."""
+    training: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """y, the state after the call, the denominators [B, T, H] and, for training, what rounding took from y; empty where
+    there is no normaliser."""
     q, k, v, log_decay, S, z, documents = _contiguous(q, k, v, log_decay, S, z, documents)
     call = Call(q, k, v, log_decay, documents, scale)
-    y, S_after, z_after, mass = _outputs(q, k, v, normalize)
+    y, S_after, z_after, mass, rest = _outputs(q, k, v, normalize, training)
     grid, options, f, d = call.launch(NORMALIZED if normalize else PLAIN, q.shape[3], v.shape[3])
     output_sweep[grid](
-        q, k, v, log_decay, documents, S, z, y, mass, S_after, z_after, q.shape[1], scale, eps,
-        H_KV=v.shape[2], F=f, D=d, NORMALIZE=normalize, CARRIED=S is not None, **call.sizes, **call.flags, **options,
+        q, k, v, log_decay, documents, S, z, y, rest, mass, S_after, z_after, q.shape[1], scale, eps,
+        H_KV=v.shape[2], F=f, D=d, NORMALIZE=normalize, REST=rest.numel() > 0, CARRIED=S is not None, **call.sizes,
+        **call.flags, **options,
     )  # fmt: skip
-    return y, S_after, z_after, mass
+    return y, S_after, z_after, mass, rest
 
 
 @_forward.register_fake
-def _(q, k, v, log_decay, S, z, documents, scale, normalize, eps):
-    return _outputs(q, k, v, normalize)
+def _(q, k, v, log_decay, S, z, documents, scale, normalize, eps, training):
+    return _outputs(q, k, v, normalize, training)
 
 
-def _outputs(q: Tensor, k: Tensor, v: Tensor, normalize: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _outputs(q: Tensor, k: Tensor, v: Tensor, normalize: bool, training: bool) -> tuple[Tensor, ...]:
     batch, tokens, heads, features = q.shape
     y = q.new_empty(batch, tokens, heads, v.shape[3])
     sizes: list[tuple[int, ...]] = [(batch, k.shape[2], features, v.shape[3])]
     sizes += [(batch, k.shape[2], features), (batch, tokens, heads)] if normalize else [(0,), (0,)]
     S, z, mass = (q.new_empty(size, dtype=torch.float32) for size in sizes)
-    return y, S, z, mass
+    # nothing is lost of an fp32 output
+    kept = normalize and training and q.dtype.itemsize < 4
+    return y, S, z, mass, torch.empty_like(y) if kept else q.new_empty(0)
 
 
 def _contiguous(*tensors: Tensor | None) -> list[Any]:
@@ -109,6 +114,7 @@ def _backward(
     documents: Tensor | None,
     y: Tensor,
     mass: Tensor,
+    rest: Tensor,
     scale: float,
     normalize: bool,
     gate_gradient: bool,
@@ -132,7 +138,9 @@ def _backward(
     excess, factors = torch.empty_like(mass), scale / mass
     if normalize:
         rows = excess.numel()
-        excess_rows[(triton.cdiv(rows, 32),)](dy, y, excess, rows, WIDTH=columns, R=32, X=padded(columns))
+        excess_rows[(triton.cdiv(rows, 32),)](
+            dy, y, rest, excess, rows, WIDTH=columns, R=32, X=padded(columns), REST=rest.numel() > 0
+        )
     query_sweep[grid](
         dy, v, k, q, log_decay, documents, S, z, factors, excess, dq, dgate, states, zs, tokens, scale,
         H_KV=v.shape[2], D=d, F=f, CARRIED=S is not None, GATE_GRADIENT=gate_gradient, **common, **options,
@@ -161,7 +169,7 @@ def _backward(
 
 
 @_backward.register_fake
-def _(dy, dS_after, dz_after, q, k, v, log_decay, S, z, documents, y, mass, scale, normalize, gate_gradient):
+def _(dy, dS_after, dz_after, q, k, v, log_decay, S, z, documents, y, mass, rest, scale, normalize, gate_gradient):
     return _gradients(q, k, v, log_decay, S, z, gate_gradient)
 
 
@@ -175,22 +183,37 @@ def _gradients(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.scale, ctx.normalize, _ = inputs
-    ctx.save_for_backward(*tensors, output[0], output[3])
+    *tensors, ctx.scale, ctx.normalize, _, _ = inputs
+    ctx.save_for_backward(*tensors, output[0], output[3], output[4])
     ctx.set_materialize_grads(False)
 
 
-def _chain(ctx: Any, dy: Tensor | None, dS: Tensor | None, dz: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
-    q, k, v, log_decay, S, z, documents, y, mass = ctx.saved_tensors
+def _chain(ctx: Any, dy: Tensor | None, dS: Tensor | None, dz: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
+    q, k, v, log_decay, S, z, documents, y, mass, rest = ctx.saved_tensors
     dy = torch.zeros_like(y) if dy is None else dy
     dz = dz if ctx.normalize else None
     found = _backward(
-        dy, dS, dz, q, k, v, log_decay, S, z, documents, y, mass, ctx.scale, ctx.normalize, ctx.needs_input_grad[3]
+        dy,
+        dS,
+        dz,
+        q,
+        k,
+        v,
+        log_decay,
+        S,
+        z,
+        documents,
+        y,
+        mass,
+        rest,
+        ctx.scale,
+        ctx.normalize,
+        ctx.needs_input_grad[3],
     )
     present = (x is not None for x in (q, k, v, log_decay, S, z))
     gradients = (x if wanted and there else None for x, wanted, there in zip(
         found, ctx.needs_input_grad, present, strict=False))  # fmt: skip
-    return *gradients, None, None, None, None
+    return *gradients, None, None, None, None, None
 
 
 _forward.register_autograd(_chain, setup_context=_setup)
@@ -227,5 +250,6 @@ def decay_attention(
         raise ValueError("A normalised call that starts from a state S needs its z.")
     single = [None if x is None else x.float() for x in (log_decay, S, z if normalize else None)]
     documents = None if documents is None else documents.to(torch.int32)
-    y, S_after, z_after, _ = _forward(q, k, v, *single, documents, float(scale), normalize, float(eps))
+    training = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, *single))
+    y, S_after, z_after, *_ = _forward(q, k, v, *single, documents, float(scale), normalize, float(eps), training)
     return y, S_after, z_after if normalize else None

@@ -92,7 +92,7 @@ class Row(NamedTuple):
 
 def covers(q: Tensor, v: Tensor, window: Window) -> bool:
     """Whether the kernels run this."""
-    if q.dtype.itemsize > 4 or window.sinks or max(q.shape[-1], v.shape[-1]) > WIDEST:
+    if q.dtype.itemsize > 4 or window.sinks or not window.size or max(q.shape[-1], v.shape[-1]) > WIDEST:
         return False
     if q.device.type == "cpu" and not INTERPRET:
         raise RuntimeError(
@@ -173,8 +173,14 @@ def hybrid_attention(
         (linear_k,) = real(lengths, linear_k)
     row = Row.of(q, k, v, linear_k, window, state, lengths, segments)
     psi, _ = mapped(row.linear_k.to(q.dtype), features_k, mix, True)
-    log_mass = row.behind(a) if isinstance(mix, LogMass) else None
-    log_factor = mix.factor.log() if isinstance(mix, Joint) else None
+    log_mass = log_factor = None
+    if isinstance(mix, LogMass):
+        log_mass = row.behind(a)
+    elif window.size:
+        log_factor = mix.factor.log()
+    else:
+        # with no largest score to compare with, any number does
+        log_mass = torch.zeros(row.behind(q).shape[:3], device=q.device)
     phi = row.behind(phi)
     S, z = (None, None) if state is None else (state["S"], state["z"])
     y = mixed_attention(

@@ -11,8 +11,9 @@ from torch import Tensor
 from ..specs import Window
 from .configs import launch, padded
 from .decay import INTERPRET
-from .mixed_backward import feature_gradients, key_gradients, query_gradients, state_gradient_sweep
-from .mixed_forward import state_sweep, tile_outputs
+from .mixed_backward import feature_gradients, key_gradients, query_gradients
+from .mixed_forward import tile_outputs
+from .mixed_states import key_increments, query_increments, scan_states, state_sweep
 from .sweeps import excess_rows
 
 
@@ -114,25 +115,69 @@ class Call(NamedTuple):
     def grid(self, heads: int) -> tuple[int, int, int]:
         return heads, triton.cdiv(self.q.shape[1], self.geometry.chunk), self.q.shape[0]
 
-    def slices(self) -> tuple[tuple[int, int, int], int, int]:
-        """The grid of a sweep of states, and the rows and columns of its programs."""
-        f, d = min(padded(self.features), 64), min(padded(self.v.shape[3]), 64)
-        cuts = triton.cdiv(self.features, f) * triton.cdiv(self.v.shape[3], d)
-        return (cuts, self.state_heads, self.q.shape[0]), f, d
+    @property
+    def rows(self) -> int:
+        """F of the programs that sum one chunk."""
+        return min(padded(self.features), 128)
 
 
-def sweep_states(call: Call, S: Tensor | None, z: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The states that tiles of queries read."""
+FEW = 256
+"""Programs of a sweep that leave much of a GPU idle."""
+
+
+def key_states(call: Call, S: Tensor | None, z: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The states that tiles of queries read, one before each of the first M chunks."""
     assert call.psi is not None
-    batch, heads, f, d = call.q.shape[0], call.state_heads, call.features, call.v.shape[3]
+    (batch, tokens), heads, f, d = call.q.shape[:2], call.state_heads, call.features, call.v.shape[3]
     states = call.q.new_empty((batch, heads, call.states, f, d), dtype=call.operand)
     zs = call.q.new_empty((batch, heads, call.states, f), dtype=torch.float32)
-    grid, rows, columns = call.slices()
-    state_sweep[grid](
-        call.psi, call.v, call.start, S, z, states, zs, call.q.shape[1], call.states, H_KV=call.v.shape[2], F_WIDTH=f,
-        D_WIDTH=d, F=rows, D=columns, CARRIED=call.carried, **call.common, **call.launch("states"),
+    rows, columns = min(padded(f), 64), min(padded(d), 64)
+    slices = triton.cdiv(f, rows) * triton.cdiv(d, columns)
+    if slices * heads * batch >= FEW:
+        state_sweep[(slices, heads, batch)](
+            call.psi, call.v, call.start, S, z, states, zs, tokens, call.states,
+            **call.told(state_sweep) | {"F": rows, "V": columns}, **call.launch("states"),
+        )  # fmt: skip
+        return states, zs
+    grid = call.states * triton.cdiv(f, call.rows), heads, batch
+    key_increments[grid](
+        call.psi, call.v, call.start, states, zs, tokens, call.states, **call.told(key_increments) | {"F": call.rows},
+        **call.launch("increments"),
     )  # fmt: skip
+    scan(call, states, S, None, call.states, False)
+    scan(call, zs, z, None, call.states, False)
     return states, zs
+
+
+def query_states(
+    call: Call, dy: Tensor, delta: Tensor, factor: Tensor, dS: Tensor, dz: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What each tile of queries and all later ones ask of the state that they read; dS and dz: if it was carried."""
+    (batch, tokens), heads, f = call.q.shape[:2], call.state_heads, call.features
+    count = triton.cdiv(tokens, call.geometry.chunk)
+    states = call.q.new_empty((batch, heads, count, f, call.v.shape[3]), dtype=call.operand)
+    zs = call.q.new_empty((batch, heads, count, f), dtype=torch.float32)
+    query_increments[(count * triton.cdiv(f, call.rows), heads, batch)](
+        call.phi, dy, delta, factor, call.start, states, zs, tokens, count,
+        **call.told(query_increments) | {"F": call.rows}, **call.launch("increments"),
+    )  # fmt: skip
+    # without a carried state the first tiles read nothing
+    steps = count if call.carried else max(0, count - 1 - call.geometry.back)
+    scan(call, states, None, dS, steps, True)
+    scan(call, zs, None, dz, steps, True)
+    return states, zs
+
+
+def scan(call: Call, states: Tensor, first: Tensor | None, last: Tensor | None, steps: int, reverse: bool) -> None:
+    """Sums of [B, H_s, M, …] over M, in place."""
+    batch, heads, count = states.shape[:3]
+    size = states[0, 0, 0].numel()
+    block = min(1024, triton.next_power_of_2(size))
+    scan_states[(triton.cdiv(size, block), heads, batch)](
+        states, first, last, call.start, call.q.shape[1], count, steps, SIZE=size, C=call.geometry.chunk,
+        BACK=call.geometry.back, X=block, REVERSE=reverse, START=call.start is not None, FIRST=first is not None,
+        LAST=last is not None and call.carried,
+    )  # fmt: skip
 
 
 @torch.library.custom_op("surgery::mixed_attention", mutates_args=())
@@ -157,7 +202,7 @@ def _forward(
     q, k, v, phi, psi, mass, S, z, start = _contiguous(q, k, v, phi, psi, mass, S, z, start)
     call = Call(q, k, v, phi, psi, start, S is not None, window, terraced, joint, scale, cap)
     y, log_total, factor, top = _outputs(q, v, psi is not None, joint)
-    states, zs = sweep_states(call, S, z) if psi is not None else (None, None)
+    states, zs = key_states(call, S, z) if psi is not None else (None, None)
     tile_outputs[call.grid(q.shape[2])](
         q, k, v, phi, psi, mass, start, states, zs, y, log_total, factor, top, q.shape[1], call.states, scale, cap,
         **call.told(tile_outputs), **call.launch("outputs"),
@@ -209,23 +254,18 @@ def _backward(
     dq, dk, dv, dphi, dpsi, dmass, dS, dz = _gradients(q, k, v, phi, psi, S, z)
     delta = torch.empty_like(log_total)
     rows, width = delta.numel(), v.shape[3]
-    excess_rows[(triton.cdiv(rows, 32),)](dy, y, delta, rows, WIDTH=width, R=32, X=padded(width))
-    states, zs = sweep_states(call, S, z) if psi is not None else (None, None)
+    excess_rows[(triton.cdiv(rows, 32),)](dy, y, None, delta, rows, WIDTH=width, R=32, X=padded(width), REST=False)
+    states, zs = key_states(call, S, z) if psi is not None else (None, None)
     query_gradients[call.grid(q.shape[2])](
-        q, k, v, psi, start, states, zs, dy, delta, log_total, factor, top, dq, dphi, dmass, q.shape[1], call.states,
-        scale, cap, **call.told(query_gradients), **call.launch("queries"),
+        q, k, v, phi, psi, start, states, zs, dy, delta, log_total, factor, top, dq, dphi, dmass, q.shape[1],
+        call.states, scale, cap, **call.told(query_gradients), **call.launch("queries"),
     )  # fmt: skip
     part = q.new_empty(0)
     if psi is not None:
-        grid, f, d = call.slices()
-        state_gradient_sweep[grid](
-            phi, dy, delta, factor, start, states, zs, dS, dz, q.shape[1], call.states, H=q.shape[2],
-            F_WIDTH=call.features, V_WIDTH=width, F=f, V=d, BACK=call.geometry.back, CARRIED=call.carried,
-            **call.common, **call.launch("state gradients"),
-        )  # fmt: skip
+        states, zs = query_states(call, dy, delta, factor, dS, dz)
         part = log_total.new_empty(*psi.shape[:3], width)
         feature_gradients[call.grid(call.state_heads)](
-            v, phi, psi, start, states, zs, dy, delta, factor, part, dpsi, q.shape[1], call.states,
+            v, phi, psi, start, states, zs, dy, delta, factor, part, dpsi, q.shape[1],
             **call.told(feature_gradients), **call.launch("features"),
         )  # fmt: skip
     key_gradients[call.grid(k.shape[2])](

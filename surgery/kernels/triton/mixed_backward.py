@@ -1,5 +1,4 @@
-"""Kernels of mixed attention, backward: gradients of queries tile by tile; a sweep of states from the end, and with
-them the gradients of keys chunk by chunk.
+"""Kernels of mixed attention, backward: gradients of queries tile by tile, and of keys chunk by chunk.
 
 With weights w_ij that sum to one, y_i = Σ w_ij v_j, and δ_i = dy_i·y_i, log w_ij has gradient w_ij (dy_i·v_j - δ_i).
 """
@@ -15,7 +14,7 @@ from .tiles import load_each, load_rows, store_each, store_rows
 
 @triton.jit
 def query_tile(
-    dq, dphi, sums, q, dy, delta, log_total, start, k_ptr, v_ptr, psi_ptr, b, n, back, T, scale, cap, kv, state_head,
+    dq, dphi, q, dy, delta, log_total, start, k_ptr, v_ptr, psi_ptr, b, n, back, T, scale, cap, kv, state_head,
     H_S: tl.constexpr, H_KV: tl.constexpr, D_WIDTH: tl.constexpr, V_WIDTH: tl.constexpr, F_WIDTH: tl.constexpr,
     C: tl.constexpr, D: tl.constexpr, V: tl.constexpr, F: tl.constexpr, W: tl.constexpr, TERRACED: tl.constexpr,
     LINEAR: tl.constexpr, CAP: tl.constexpr, PRECISION: tl.constexpr, INTERPRET: tl.constexpr,
@@ -30,18 +29,17 @@ def query_tile(
     near, far = pairs(query[:, None], key[None, :], start[:, None], W, TERRACED)
     dw = tl.dot(dy, tl.trans(v), input_precision=PRECISION) - delta[:, None]
     ds = tl.where(near, power(s - log_total[:, None]), 0.0) * dw
-    sums += tl.sum(ds, 1)
     dq = tl.dot(uncapped(ds, s, cap, CAP).to(k.dtype), k, dq, input_precision=PRECISION)
     if LINEAR:
         psi = load_rows(psi_ptr, row, live, state_head, 0, H_S, F_WIDTH, C, F, INTERPRET)
         dphi = tl.dot(tl.where(far, dw, 0.0).to(psi.dtype), psi, dphi, input_precision=PRECISION)
-    return dq, dphi, sums
+    return dq, dphi
 
 
 @triton.jit(do_not_specialize=["T", "M"])
 def query_gradients(
-    q_ptr, k_ptr, v_ptr, psi_ptr, start_ptr, states_ptr, zs_ptr, dy_ptr, delta_ptr, log_ptr, factor_ptr, top_ptr,
-    dq_ptr, dphi_ptr, dmass_ptr,
+    q_ptr, k_ptr, v_ptr, phi_ptr, psi_ptr, start_ptr, states_ptr, zs_ptr, dy_ptr, delta_ptr, log_ptr, factor_ptr,
+    top_ptr, dq_ptr, dphi_ptr, dmass_ptr,
     T, M, scale, cap,
     H: tl.constexpr, H_S: tl.constexpr, H_KV: tl.constexpr,
     D_WIDTH: tl.constexpr, V_WIDTH: tl.constexpr, F_WIDTH: tl.constexpr,
@@ -61,7 +59,6 @@ def query_gradients(
     log_total = load_each(log_ptr, row, live, head, H, C, 0.0)
     dq = tl.zeros([C, D], tl.float32)
     dphi = tl.zeros([C, F], tl.float32)
-    sums = tl.zeros([C], tl.float32)
     if LINEAR:
         before = tl.maximum(n - BACK, 0)
         if CARRIED or n > BACK:
@@ -73,92 +70,39 @@ def query_gradients(
                 dphi = tl.where((start < before * C)[:, None], dphi, 0.0)
         for step in tl.static_range(BACK - NEAR + 1):
             if n >= BACK - step:
-                dq, dphi, sums = query_tile(
-                    dq, dphi, sums, q, dy, delta, log_total, start, k_ptr, v_ptr, psi_ptr, b, n, BACK - step, T, scale,
+                dq, dphi = query_tile(
+                    dq, dphi, q, dy, delta, log_total, start, k_ptr, v_ptr, psi_ptr, b, n, BACK - step, T, scale,
                     cap, kv, state_head, H_S, H_KV, D_WIDTH, V_WIDTH, F_WIDTH, C, D, V, F, W, TERRACED, True, CAP,
                     PRECISION, INTERPRET,
                 )  # fmt: skip
+        factor = load_each(factor_ptr, row, live, head, H, C, 0.0)
+        dphi *= factor[:, None]
+        store_rows(dphi_ptr, dphi, row, live, head, 0, H, F_WIDTH, C, F)
+        # every linear weight has the factor e^a
+        phi = load_rows(phi_ptr, row, live, head, 0, H, F_WIDTH, C, F, INTERPRET)
+        dmass = tl.sum(phi.to(tl.float32) * dphi, 1)
+        store_each(dmass_ptr, dmass, row, live, head, H, C)
     for step in range(tl.maximum(NEAR - 1 - n, 0), NEAR):
-        dq, dphi, sums = query_tile(
-            dq, dphi, sums, q, dy, delta, log_total, start, k_ptr, v_ptr, psi_ptr, b, n, NEAR - 1 - step, T, scale, cap,
+        dq, dphi = query_tile(
+            dq, dphi, q, dy, delta, log_total, start, k_ptr, v_ptr, psi_ptr, b, n, NEAR - 1 - step, T, scale, cap,
             kv, state_head, H_S, H_KV, D_WIDTH, V_WIDTH, F_WIDTH, C, D, V, F, W, TERRACED, False, CAP, PRECISION,
             INTERPRET,
         )  # fmt: skip
-    if LINEAR:
-        factor = load_each(factor_ptr, row, live, head, H, C, 0.0)
-        store_rows(dphi_ptr, dphi * factor[:, None], row, live, head, 0, H, F_WIDTH, C, F)
-        # all weights sum to one, so what the window gains, the rest loses
-        store_each(dmass_ptr, -sums, row, live, head, H, C)
-        if JOINT:
-            top = tl.load(top_ptr + row * H + head + r * H, mask=r < live, other=0)
-            d = tl.arange(0, D)[None, :]
-            known = (r < live)[:, None] & (d < D_WIDTH)
-            best = tl.load(k_ptr + ((b * T + top) * H_KV + kv)[:, None] * D_WIDTH + d, mask=known, other=0.0)
-            best = best.to(tl.float32)
-            s = scored(tl.sum(q.to(tl.float32) * best, 1), scale, cap, CAP)
-            dq -= uncapped(sums, s, cap, CAP)[:, None] * best
+    if JOINT:
+        top = tl.load(top_ptr + row * H + head + r * H, mask=r < live, other=0)
+        d = tl.arange(0, D)[None, :]
+        known = (r < live)[:, None] & (d < D_WIDTH)
+        best = tl.load(k_ptr + ((b * T + top) * H_KV + kv)[:, None] * D_WIDTH + d, mask=known, other=0.0)
+        best = best.to(tl.float32)
+        s = scored(tl.sum(q.to(tl.float32) * best, 1), scale, cap, CAP)
+        dq += uncapped(dmass, s, cap, CAP)[:, None] * best
     store_rows(dq_ptr, dq * scale, row, live, head, 0, H, D_WIDTH, C, D)
 
 
-@triton.jit(do_not_specialize=["T", "M"])
-def state_gradient_sweep(
-    phi_ptr, dy_ptr, delta_ptr, factor_ptr, start_ptr, states_ptr, zs_ptr, dS_ptr, dz_ptr,
-    T, M,
-    H: tl.constexpr, H_S: tl.constexpr, F_WIDTH: tl.constexpr, V_WIDTH: tl.constexpr,
-    C: tl.constexpr, F: tl.constexpr, V: tl.constexpr, BACK: tl.constexpr, START: tl.constexpr, CARRIED: tl.constexpr,
-    PRECISION: tl.constexpr, INTERPRET: tl.constexpr,
-):  # fmt: skip
-    """For each of M chunks of keys, the gradient of its contribution to the states that later queries read; and, if
-    CARRIED, that of the state before the first. F x V of it per program."""
-    slices: tl.constexpr = (V_WIDTH + V - 1) // V
-    slice_, head, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    first_f, first_v = slice_ // slices * F, slice_ % slices * V
-    f = first_f + tl.arange(0, F)
-    v = first_v + tl.arange(0, V)
-    inside = (f[:, None] < F_WIDTH) & (v[None, :] < V_WIDTH)
-    where = f[:, None] * V_WIDTH + v[None, :]
-    dS = tl.zeros([F, V], tl.float32)
-    dz = tl.zeros([F], tl.float32)
-    # tiles n read the keys before chunk n - BACK; those up to BACK read the carried state alone
-    last = tl.cdiv(T, C) - 1
-    for step in range(last + 1 if CARRIED else last - BACK):
-        n = last - step
-        before = tl.maximum(n - BACK, 0)
-        row, live = b * T + n * C, T - n * C
-        start = starts(start_ptr, row, live, START, C)
-        if START and n >= BACK and step > 0:
-            # what later tiles read is of the document that chunk `before` ends in, which may begin there
-            begins = tl.load(start_ptr + b * T + (before + 1) * C - 1)
-            stays = tl.where(begins < before * C, 1.0, 0.0)
-            dS *= stays
-            dz *= stays
-        for g in range(H // H_S):
-            query = head * (H // H_S) + g
-            factor = load_each(factor_ptr, row, live, query, H, C, 0.0)
-            if START:
-                factor = tl.where(start < before * C, factor, 0.0)
-            phi = load_rows(phi_ptr, row, live, query, first_f, H, F_WIDTH, C, F, INTERPRET)
-            dy = load_rows(dy_ptr, row, live, query, first_v, H, V_WIDTH, C, V, INTERPRET)
-            delta = load_each(delta_ptr, row, live, query, H, C, 0.0)
-            weighted = phi.to(tl.float32) * factor[:, None]
-            dS = tl.dot(tl.trans(weighted.to(phi.dtype)), dy.to(phi.dtype), dS, input_precision=PRECISION)
-            dz -= tl.sum(weighted * delta[:, None], 0)
-        if n > BACK:
-            at = (b * H_S + head) * M + before - 1
-            tl.store(states_ptr + at * (F_WIDTH * V_WIDTH) + where, dS.to(states_ptr.dtype.element_ty), mask=inside)
-            if first_v == 0:
-                tl.store(zs_ptr + at * F_WIDTH + f, dz, mask=f < F_WIDTH)
-    if CARRIED:
-        at = b * H_S + head
-        tl.store(dS_ptr + at * (F_WIDTH * V_WIDTH) + where, dS, mask=inside)
-        if first_v == 0:
-            tl.store(dz_ptr + at * F_WIDTH + f, dz, mask=f < F_WIDTH)
-
-
-@triton.jit(do_not_specialize=["T", "M"])
+@triton.jit(do_not_specialize=["T"])
 def feature_gradients(
     v_ptr, phi_ptr, psi_ptr, start_ptr, states_ptr, zs_ptr, dy_ptr, delta_ptr, factor_ptr, dv_ptr, dpsi_ptr,
-    T, M,
+    T,
     H: tl.constexpr, H_S: tl.constexpr, H_KV: tl.constexpr, V_WIDTH: tl.constexpr, F_WIDTH: tl.constexpr,
     C: tl.constexpr, V: tl.constexpr, F: tl.constexpr, W: tl.constexpr, TERRACED: tl.constexpr, BACK: tl.constexpr,
     NEAR: tl.constexpr, START: tl.constexpr, PRECISION: tl.constexpr, INTERPRET: tl.constexpr,
@@ -174,7 +118,8 @@ def feature_gradients(
     dv = tl.zeros([C, V], tl.float32)
     dpsi = tl.zeros([C, F], tl.float32)
     if m < chunks - 1 - BACK:
-        at = (b * H_S + head) * M + m
+        # slot n holds what tile n and later ones ask of the state that they read
+        at = (b * H_S + head) * chunks + m + BACK + 1
         dS = load_matrix(states_ptr, at, F_WIDTH, V_WIDTH, F, V, INTERPRET)
         dv = tl.dot(psi, dS, input_precision=PRECISION)
         dpsi = tl.dot(v.to(dS.dtype), tl.trans(dS), input_precision=PRECISION)

@@ -1,7 +1,6 @@
-"""Kernels of mixed attention, forward: the states before every chunk, then all tiles of queries at once.
+"""Kernels of mixed attention, forward: all tiles of queries at once.
 
-A tile of C queries sees its own chunk of keys and the B before it pair by pair, everything older through one state. The
-states are few bytes beside the tensors (F·D numbers a chunk and key head) and let all tiles run side by side.
+A tile of C queries sees its own chunk of keys and the BACK before it pair by pair, everything older through one state.
 """
 
 from __future__ import annotations
@@ -11,50 +10,6 @@ import triton.language as tl
 
 from .mixed_tiles import LARGEST, NEVER, load_matrix, load_vector, logarithm, pairs, power, scored, starts
 from .tiles import load_each, load_rows, store_each, store_rows
-
-
-@triton.jit(do_not_specialize=["T", "M"])
-def state_sweep(
-    psi_ptr, v_ptr, start_ptr, S_ptr, z_ptr, states_ptr, zs_ptr,
-    T, M,
-    H_S: tl.constexpr, H_KV: tl.constexpr, F_WIDTH: tl.constexpr, D_WIDTH: tl.constexpr,
-    C: tl.constexpr, F: tl.constexpr, D: tl.constexpr, START: tl.constexpr, CARRIED: tl.constexpr,
-    PRECISION: tl.constexpr, INTERPRET: tl.constexpr,
-):  # fmt: skip
-    """S = Σ ψ_jᵀ v_j and z = Σ ψ_j over the keys before each of M chunks; F x D of it per program."""
-    slices: tl.constexpr = (D_WIDTH + D - 1) // D
-    slice_, head, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    first_f, first_d = slice_ // slices * F, slice_ % slices * D
-    f = first_f + tl.arange(0, F)
-    d = first_d + tl.arange(0, D)
-    S = tl.zeros([F, D], tl.float32)
-    z = tl.zeros([F], tl.float32)
-    inside = (f[:, None] < F_WIDTH) & (d[None, :] < D_WIDTH)
-    where = f[:, None] * D_WIDTH + d[None, :]
-    state = (b * H_S + head) * (F_WIDTH * D_WIDTH)
-    if CARRIED:
-        S = tl.load(S_ptr + state + where, mask=inside, other=0.0)
-        z = tl.load(z_ptr + (b * H_S + head) * F_WIDTH + f, mask=f < F_WIDTH, other=0.0)
-    for m in range(M):
-        row, live = b * T + m * C, T - m * C
-        at = (b * H_S + head) * M + m
-        tl.store(states_ptr + at * (F_WIDTH * D_WIDTH) + where, S.to(states_ptr.dtype.element_ty), mask=inside)
-        if first_d == 0:
-            tl.store(zs_ptr + at * F_WIDTH + f, z, mask=f < F_WIDTH)
-        psi = load_rows(psi_ptr, row, live, head, first_f, H_S, F_WIDTH, C, F, INTERPRET)
-        v = load_rows(v_ptr, row, live, head // (H_S // H_KV), first_d, H_KV, D_WIDTH, C, D, INTERPRET)
-        if START:
-            position = m * C + tl.arange(0, C)
-            start = starts(start_ptr, row, live, START, C)
-            # the document that the chunk ends in is the only one that later tiles can read of
-            last = tl.load(start_ptr + row + tl.minimum(live, C) - 1)
-            enters = (start == last) & (position >= start)
-            psi = tl.where(enters[:, None], psi, 0.0).to(psi.dtype)
-            stays = tl.where(last < m * C, 1.0, 0.0)
-            S *= stays
-            z *= stays
-        S = tl.dot(tl.trans(psi), v.to(psi.dtype), S, input_precision=PRECISION)
-        z += tl.sum(psi.to(tl.float32), 0)
 
 
 @triton.jit

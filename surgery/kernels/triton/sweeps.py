@@ -30,24 +30,26 @@ from .tiles import (
 
 @triton.jit(do_not_specialize=["T", "scale", "eps"])
 def output_sweep(
-    q_ptr, k_ptr, v_ptr, gate_ptr, document_ptr, S_ptr, z_ptr, y_ptr, mass_ptr, S_after_ptr, z_after_ptr,
+    q_ptr, k_ptr, v_ptr, gate_ptr, document_ptr, S_ptr, z_ptr, y_ptr, rest_ptr, mass_ptr, S_after_ptr, z_after_ptr,
     T, scale, eps,
     H: tl.constexpr, H_S: tl.constexpr, H_KV: tl.constexpr, F_WIDTH: tl.constexpr, D_WIDTH: tl.constexpr,
     C: tl.constexpr, F: tl.constexpr, D: tl.constexpr, GATE: tl.constexpr, DOCUMENTS: tl.constexpr,
-    NORMALIZE: tl.constexpr, CARRIED: tl.constexpr, PRECISION: tl.constexpr, INTERPRET: tl.constexpr,
+    NORMALIZE: tl.constexpr, REST: tl.constexpr, CARRIED: tl.constexpr, PRECISION: tl.constexpr,
+    INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """y, the state after the last token and, if NORMALIZE, the denominators; D columns of v per program."""
+    """y, the state after the last token and, if NORMALIZE, the denominators; D columns of v per program.
+
+    REST: also what rounding takes from y, so that no gradient is made of a rounded one.
+    """
     first, head, b = tl.program_id(0) * D, tl.program_id(1), tl.program_id(2).to(tl.int64)
     operand = tl.float32 if INTERPRET else q_ptr.dtype.element_ty
     f = tl.arange(0, F)
-    # z is the first of the fewest columns that a product has
-    only = (tl.arange(0, 16) == 0)[None, :]
     S = tl.zeros([F, D], tl.float32)
-    z = tl.zeros([F, 16], tl.float32)
+    z = tl.zeros([F], tl.float32)
     if CARRIED:
         S = load_state(S_ptr, b * H_S + head, first, D_WIDTH, 1, F_WIDTH, D_WIDTH, F, D)
         if NORMALIZE:
-            z = load_state(z_ptr, b * H_S + head, 0, 1, 1, F_WIDTH, 1, F, 16)
+            z = tl.load(z_ptr + (b * H_S + head) * F_WIDTH + f, mask=f < F_WIDTH, other=0.0)
     for n in range(tl.cdiv(T, C)):
         row, live = b * T + n * C, T - n * C
         k = load_columns(k_ptr, row, live, head, H_S, F_WIDTH, C, F, INTERPRET)
@@ -62,26 +64,30 @@ def output_sweep(
             y = tl.dot(q, S.to(operand), input_precision=PRECISION) * since[:, None]
             y = tl.dot(weights.to(operand), v, y, input_precision=PRECISION) * scale
             if NORMALIZE:
-                seen = tl.dot(q, z.to(operand), input_precision=PRECISION)
-                mass = tl.sum(weights, 1) + since * tl.sum(seen, 1)
+                mass = tl.sum(weights, 1) + since * tl.sum(q.to(tl.float32) * z[None, :], 1)
                 mass = mass * scale + eps
                 y *= (1.0 / mass)[:, None]
                 if first == 0:
                     store_each(mass_ptr, mass, row, live, query, H, C)
             store_rows(y_ptr, y, row, live, query, first, H, D_WIDTH, C, D)
+            if REST:
+                rest = y - y.to(y_ptr.dtype.element_ty).to(tl.float32)
+                store_rows(rest_ptr, rest, row, live, query, first, H, D_WIDTH, C, D)
         kept = (v.to(tl.float32) * until[:, None]).to(operand)
         S = tl.dot(k, kept, S * total, input_precision=PRECISION)
         if NORMALIZE:
-            kept = tl.where(only, until[:, None], 0.0).to(operand)
-            z = tl.dot(k, kept, z * total, input_precision=PRECISION)
+            z = z * total + tl.sum(k.to(tl.float32) * until[None, :], 1)
     store_state(S_after_ptr, S, b * H_S + head, first, D_WIDTH, 1, F_WIDTH, D_WIDTH, F, D)
     if NORMALIZE and first == 0:
-        tl.store(z_after_ptr + (b * H_S + head) * F_WIDTH + f, tl.sum(z, 1), mask=f < F_WIDTH)
+        tl.store(z_after_ptr + (b * H_S + head) * F_WIDTH + f, z, mask=f < F_WIDTH)
 
 
 @triton.jit(do_not_specialize=["rows"])
-def excess_rows(dy_ptr, y_ptr, excess_ptr, rows, WIDTH: tl.constexpr, R: tl.constexpr, X: tl.constexpr):
-    """dy·y of each token and head, [rows, WIDTH] -> [rows], R of them per program."""
+def excess_rows(
+    dy_ptr, y_ptr, rest_ptr, excess_ptr, rows,
+    WIDTH: tl.constexpr, R: tl.constexpr, X: tl.constexpr, REST: tl.constexpr,
+):  # fmt: skip
+    """dy·y of each token and head, [rows, WIDTH] -> [rows], R of them per program. REST: y comes in two parts."""
     first = tl.program_id(0).to(tl.int64) * R
     r = tl.arange(0, R)
     x = tl.arange(0, X)[None, :]
@@ -89,6 +95,8 @@ def excess_rows(dy_ptr, y_ptr, excess_ptr, rows, WIDTH: tl.constexpr, R: tl.cons
     at = first * WIDTH + r[:, None] * WIDTH + x
     dy = tl.load(dy_ptr + at, mask=mask, other=0.0).to(tl.float32)
     y = tl.load(y_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    if REST:
+        y += tl.load(rest_ptr + at, mask=mask, other=0.0).to(tl.float32)
     tl.store(excess_ptr + first + r, tl.sum(dy * y, 1), mask=first + r < rows)
 
 
