@@ -38,11 +38,11 @@ def gated(device: torch.device | str, dtype: torch.dtype) -> Arguments:
 
 def window(device: torch.device | str, dtype: torch.dtype) -> Arguments:
     common, _, _ = _qkv(device, dtype)
-    return common | {"window": Window(16, "sliding", sinks=2), "scaling": DIM**-0.5}
+    return common | {"window": Window(16), "scaling": DIM**-0.5}
 
 
 def hybrid(device: torch.device | str, dtype: torch.dtype) -> Arguments:
-    mix = {"mix": Joint(torch.full((HEADS,), 0.1, device=device)), "window": Window(16, "terraced", sinks=2)}
+    mix = {"mix": Joint(torch.full((HEADS,), 0.1, device=device)), "window": Window(16, "terraced")}
     return linear(device, dtype) | mix | {"scaling": DIM**-0.5}
 
 

@@ -263,7 +263,7 @@ def _backward(
     part = q.new_empty(0)
     if psi is not None:
         states, zs = query_states(call, dy, delta, factor, dS, dz)
-        part = log_total.new_empty(*psi.shape[:3], width)
+        part = q.new_empty(*psi.shape[:3], width)
         feature_gradients[call.grid(call.state_heads)](
             v, phi, psi, start, states, zs, dy, delta, factor, part, dpsi, q.shape[1],
             **call.told(feature_gradients), **call.launch("features"),

@@ -193,6 +193,7 @@ def key_gradients(
     row, live = b * T + m * C, T - m * C
     if LINEAR:
         for share in tl.static_range(H_S // H_KV):
-            dv += load_rows(far_ptr, row, live, head * (H_S // H_KV) + share, 0, H_S, V_WIDTH, C, V, INTERPRET)
+            far = load_rows(far_ptr, row, live, head * (H_S // H_KV) + share, 0, H_S, V_WIDTH, C, V, INTERPRET)
+            dv += far.to(tl.float32)
     store_rows(dk_ptr, dk * scale, row, live, head, 0, H_KV, D_WIDTH, C, D)
     store_rows(dv_ptr, dv, row, live, head, 0, H_KV, V_WIDTH, C, V)
