@@ -8,11 +8,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .errors import SurgeryError
 
 WRAPPED = (".base_layer", ".original_module")
+
+MERGE_TOLERANCE = 0.1
+"""More than the rounding of merged bf16 weights can move logits."""
 
 
 def is_adapter(name: str) -> bool:
@@ -89,19 +92,34 @@ def inject(
     )
     trained = {id(p): p.requires_grad for p in model.parameters()}
     inject_adapter_in_model(config, model, adapter_name=name)
+    require(model, name, targets)
+    for parameter in model.parameters():
+        parameter.requires_grad_(trained.get(id(parameter), False))
+    added = list(parameters(model, name).values())
+    for parameter in added:
+        parameter.data = parameter.data.to(torch.float32)
+        parameter.requires_grad_(True)
+    return added
+
+
+def parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
+    """Those of the adapter called `name`, by their names."""
+    return {path: p for path, p in model.named_parameters() if is_adapter(path) and f".{name}." in path}
+
+
+def require(model: nn.Module, name: str, targets: Iterable[str]) -> None:
+    """Make sure that the adapter called `name` is on every module at the paths `targets`.
+
+    Raises:
+        SurgeryError: it is not.
+    """
+    targets = list(targets)
     missed = [path for path in targets if name not in getattr(model.get_submodule(path), "lora_A", {})]
     if missed:
         raise SurgeryError(
             f"{len(missed)} of {len(targets)} projections got no adapter (e.g. {missed[0]}, a "
             f"{type(model.get_submodule(missed[0])).__name__}): peft cannot adapt them, so choose other targets"
         )
-    for parameter in model.parameters():
-        parameter.requires_grad_(trained.get(id(parameter), False))
-    added = [p for path, p in model.named_parameters() if ".lora_" in path and f".{name}." in path]
-    for parameter in added:
-        parameter.data = parameter.data.to(torch.float32)
-        parameter.requires_grad_(True)
-    return added
 
 
 @torch.no_grad()
@@ -122,3 +140,25 @@ def merge(model: nn.Module) -> int:
         setattr(model.get_submodule(parent), last, layer.get_base_layer())
         merged += 1
     return merged
+
+
+@torch.no_grad()
+def merge_checked(model: nn.Module, sample: Tensor) -> float:
+    """`merge`, in eval mode from then on; returns by how much that moved the logits, relative to the largest.
+
+    sample: tokens [B, T] to compare on.
+
+    Raises:
+        SurgeryError: by so much that it cannot be rounding.
+    """
+    model.eval()
+    before = model(input_ids=sample, use_cache=False).logits.float()
+    merge(model)
+    after = model(input_ids=sample, use_cache=False).logits.float()
+    drift = float((after - before).abs().max() / before.abs().max())
+    if not drift < MERGE_TOLERANCE:
+        raise SurgeryError(
+            f"merging the adapters moved the logits by {drift:.0%} of the largest: the base weights are in "
+            f"{next(model.parameters()).dtype}, too coarse to take them; load the model in a wider dtype"
+        )
+    return drift

@@ -1,4 +1,4 @@
-"""The command line: surgery recipes | inspect | convert | evaluate | generate | doctor | demo.
+"""The command line: surgery recipes | inspect | plan | convert | evaluate | generate | doctor | demo.
 
 Nothing heavy is imported before a command needs it, so that `surgery --help` answers at once.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -144,12 +144,49 @@ def _inspect(name: str, recipe: Recipe, layers: list[int] | None) -> Any:
 
 
 @app.command()
+def plan(
+    recipe: Annotated[str, typer.Option("--recipe", "-r", help="A shipped name or the path of a YAML file.")],
+    model: Annotated[str | None, typer.Option("--model", "-m", help="A local folder or a name on the hub.")] = None,
+    shape: Annotated[str | None, typer.Option(help="In place of a model, a Llama 3 of 1b, 8b, 70b or 405b.")] = None,
+    set_: SetOption = None,
+    gpus: Annotated[int, typer.Option(min=1)] = 1,
+    gpu: Annotated[str, typer.Option(help="h100, h200 or a100.")] = "h100",
+    gpu_memory: Annotated[float, typer.Option(help="GiB of each.")] = 80.0,
+    strategy: Annotated[str, typer.Option(help="single, ddp, fsdp or blockwise.")] = "single",
+    block_layers: Annotated[int, typer.Option(min=1, help="Layers a device has at a time, blockwise.")] = 9,
+    tokens_per_batch: Annotated[
+        int | None, typer.Option(min=1, help="Of one forward pass of one device; by default as the recipe says.")
+    ] = None,
+    data_tokens: Annotated[int, typer.Option(min=1, help="Of one epoch, for stages that last epochs.")] = 10_000_000,
+    precision: Annotated[str, typer.Option(help="bf16-mixed or 32-true.")] = "bf16-mixed",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+) -> None:
+    """Show what a conversion would take: memory of each GPU, time, disk. Only the model's config is read."""
+    chosen = _read_recipe(recipe, set_)
+    from .planning import Request
+    from .planning import plan as make
+    from .planning.report import headline, tables
+    from .planning.shapes import load_config
+
+    request = Request(gpus, gpu, gpu_memory, tokens_per_batch, data_tokens, strategy, block_layers, precision)
+    found = make(load_config(model, shape), chosen, request)
+    if as_json:
+        typer.echo(json.dumps(found.to_dict(), indent=2))
+        return
+    _console().print(headline(found))
+    for table in tables(found):
+        _show(table)
+    for assumption in found.assumptions:
+        _console().print(f"assumed: {assumption}")
+
+
+@app.command()
 def convert(
     model: ModelOption,
     recipe: Annotated[str, typer.Option("--recipe", "-r", help="A shipped name or the path of a YAML file.")],
     data: Annotated[
         list[Path],
-        typer.Option("--data", "-d", help="Text, .jsonl or tokens (.npy, .u16), also .gz or .xz; repeatable."),
+        typer.Option("--data", "-d", help="Text, .jsonl, .parquet, .npy, .u16, also .gz or .xz; hf:NAME; repeatable."),
     ],
     out: Annotated[
         Path, typer.Option("--out", "-o", help="The folder to make; OUT.run holds the run until it is done.")
@@ -163,6 +200,8 @@ def convert(
     accelerator: Annotated[str, typer.Option(help="auto, cpu or gpu.")] = "auto",
     save_every: Annotated[int, typer.Option(min=1, help="Optimizer steps between two checkpoints.")] = 50,
     gradient_checkpointing: Annotated[bool, typer.Option(help="Less memory for more time.")] = False,
+    column: Annotated[str, typer.Option(help="Of the text in .jsonl, .parquet and hf: data.")] = "text",
+    skip_broken: Annotated[bool, typer.Option("--skip-broken", help="Leave out rows that cannot be used.")] = False,
 ) -> None:
     """Convert a model, heal it on text by the recipe's stages, and save it. Repeat it to resume a killed run."""
     chosen = _read_recipe(recipe, set_)
@@ -172,7 +211,9 @@ def convert(
     from .training.convert import convert as run
 
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # it introduces itself before every stage
-    options = Options(seed, precision, accelerator, save_every, gradient_checkpointing, progress=sys.stdout.isatty())
+    on_error: Literal["raise", "skip"] = "skip" if skip_broken else "raise"
+    bar = sys.stdout.isatty()
+    options = Options(seed, precision, accelerator, save_every, gradient_checkpointing, bar, column, on_error)
     run(model, chosen, data, out, validation=validation or (), options=options, say=typer.echo)
     typer.echo(f"surgery generate --model {out} --prompt ... continues a text with it")
 
@@ -217,7 +258,7 @@ def evaluate(
     model: ModelOption,
     data: Annotated[
         list[str] | None,
-        typer.Option("--data", "-d", help="Text, .jsonl, .npy or .u16, also .gz or .xz; one domain a file."),
+        typer.Option("--data", "-d", help="Text, .jsonl, .parquet, .npy or .u16, also .gz or .xz; one domain a file."),
     ] = None,
     control: Annotated[
         list[str] | None, typer.Option(help="A matched control: a model, or the JSON of an earlier run.")
@@ -254,18 +295,22 @@ def evaluate(
 @app.command()
 def doctor() -> None:
     """Show versions and hardware, then compare every kernel with its reference on this machine."""
-    from .doctor import check_kernels, environment
+    from .doctor import check_kernels, environment, warnings
 
     versions = Table("what", "version")
     for what, version in environment().items():
         versions.add_row(what, version)
     _show(versions)
-    kernels, wrong = Table("op", "backend", "device", "dtype", "error", "allowed", "verdict"), 0
+    for warning in warnings():
+        typer.echo(warning)
+    kernels, wrong = Table("op", "backend", "device", "dtype", "error", "gradient", "allowed", "speed", "verdict"), 0
     for check in check_kernels():
         wrong += not check.right
         verdict = "right" if check.right else f"WRONG{': ' + check.note if check.note else ''}"
-        error = "–" if check.error is None else f"{check.error:.1e}"
-        kernels.add_row(check.op, check.backend, check.device, check.dtype, error, f"{check.allowed:.0e}", verdict)
+        error, gradient = ("–" if x is None else f"{x:.1e}" for x in (check.error, check.gradient))
+        speed = "–" if check.speedup is None else f"{check.speedup:.1f} × chunked"
+        cells = (check.op, check.backend, check.device, check.dtype, error, gradient, f"{check.allowed:.0e}", speed)
+        kernels.add_row(*cells, verdict)
     if kernels.row_count:
         _show(kernels)
     typer.echo(f"{kernels.row_count - wrong} of {kernels.row_count} kernel checks right")

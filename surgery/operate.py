@@ -124,7 +124,12 @@ def revert(model: Model) -> Model:
 
 @contextmanager
 def mode(
-    model: nn.Module, name: str, *, loss: TransferLoss | None = None, cross_entropy: float = 0.0
+    model: nn.Module,
+    name: str,
+    *,
+    loss: TransferLoss | None = None,
+    cross_entropy: float = 0.0,
+    projected_l2: float = 0.0,
 ) -> Iterator[Switch]:
     """Let the same weights act as another model for a while.
 
@@ -134,6 +139,7 @@ def mode(
 
     loss: (student, teacher) [real tokens, H, D], twice -> scalar; by default their mean squared error.
     cross_entropy: adds that much of the cross-entropy between their attention weights, for mixers that have weights.
+    projected_l2: adds that much of the distance after the output projection, per token and √(hidden size) (RADLADS).
 
     Raises:
         SurgeryError: an unknown mode, a model that is not converted, or adapters merged into the base weights.
@@ -142,7 +148,7 @@ def mode(
         raise SurgeryError(f"unknown mode {name!r}: choose one of {', '.join(MODES)}")
     inner = find_model(model)
     switch = _operation(inner).switch
-    previous = switch.mode, switch.transfer_loss, switch.cross_entropy
+    previous = switch.mode, switch.transfer_loss, switch.cross_entropy, switch.projected_l2
     with ExitStack() as stack:
         if name != "student":
             stack.enter_context(adapters.disabled(inner))
@@ -150,7 +156,7 @@ def mode(
             stack.enter_context(_kept_activations(inner))
         try:
             switch.losses.clear()
-            _enter(inner, name, loss or nn.functional.mse_loss, cross_entropy)
+            _enter(inner, name, loss or nn.functional.mse_loss, cross_entropy, projected_l2)
             yield switch
         finally:
             _enter(inner, *previous)
@@ -182,10 +188,17 @@ def _operation(model: PreTrainedModel) -> Operation:
     return operation
 
 
-def _enter(model: PreTrainedModel, name: str, loss: TransferLoss | None = None, cross_entropy: float = 0.0) -> None:
+def _enter(
+    model: PreTrainedModel,
+    name: str,
+    loss: TransferLoss | None = None,
+    cross_entropy: float = 0.0,
+    projected_l2: float = 0.0,
+) -> None:
     operation = _operation(model)
     switch = operation.switch
-    switch.mode, switch.transfer_loss, switch.cross_entropy = name, loss, cross_entropy
+    switch.mode, switch.transfer_loss = name, loss
+    switch.cross_entropy, switch.projected_l2 = cross_entropy, projected_l2
     for module in converted_layers(model).values():
         use_implementation(module, None if name == "teacher" else IMPLEMENTATION)
     # with no softmax layer left nothing needs a [T, T] mask; otherwise all layers share the model's own

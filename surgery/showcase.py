@@ -27,12 +27,13 @@ from .evaluation import Evaluation, evaluate
 from .evaluation.comparison import Comparison, compare, write_json
 from .evaluation.plot import MISSING, plot
 from .evaluation.report import remarks, tables
-from .evaluation.run import DEMO, showing_progress
+from .evaluation.run import DEMO
 from .operate import apply
+from .progress import showing_progress
 from .recipe import Recipe, load_recipe
 from .training.convert import Options, convert
+from .training.data.tokens import read_corpora
 from .training.delta import load_delta
-from .training.text import read_corpora
 
 Show = Callable[[Any], None]  # takes a line of text, or something that rich can print
 

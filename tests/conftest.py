@@ -18,6 +18,12 @@ torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parent.parent
 
 
+@pytest.fixture(scope="session", autouse=True)
+def token_cache(tmp_path_factory) -> None:
+    """Tokens are not kept in the cache of whoever runs the tests."""
+    os.environ["SURGERY_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
     """Folder of pretrained models and real text, which are not part of this repository."""

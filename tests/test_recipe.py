@@ -17,6 +17,9 @@ SHIPPED = [
     "llama/hedgehog",
     "llama/liger-gla",
     "llama/logmass",
+    "llama/lolcats-405b-blockwise",
+    "llama/lolcats-70b-fsdp",
+    "llama/lolcats-8b",
     "llama/lolcats",
     "mistral/hedgehog",
     "mistral/liger-gla",
@@ -123,13 +126,13 @@ def test_sources_agree():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("lama/lolcats", "no recipe named 'lama/lolcats'; did you mean 'llama/lolcats'? `surgery recipes` lists all 9"),
+        ("lama/lolcats", "no recipe named 'lama/lolcats'; did you mean 'llama/lolcats'? `surgery recipes` lists all 12"),
         (
             "liger-gla",
             "no recipe named 'liger-gla'; did you mean 'llama/liger-gla' or 'mistral/liger-gla'? "
-            "`surgery recipes` lists all 9",
+            "`surgery recipes` lists all 12",
         ),
-        ("quadratic", "no recipe named 'quadratic'; `surgery recipes` lists all 9"),
+        ("quadratic", "no recipe named 'quadratic'; `surgery recipes` lists all 12"),
         ("../llama/lolcats", "no recipe named '../llama/lolcats'; did you mean 'llama/lolcats'? "),
         ("mine.yaml", "no recipe file 'mine.yaml'; `surgery recipes` lists those that need no file"),
         (Path("mine"), "no recipe file 'mine'; `surgery recipes` lists those that need no file"),

@@ -19,8 +19,8 @@ from surgery.evaluation.comparison import read_result
 from surgery.evaluation.losses import token_nll
 from surgery.recipe import load_recipe
 from surgery.showcase import CONTROL, DEMO, RECIPE, Size, run_demo
+from surgery.training.data.tokens import windows
 from surgery.training.delta import load_delta
-from surgery.training.text import windows
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = Size(transfer_steps=2, lora_steps=1, batch_size=1, length=128, characters=20_000, windows=2, new_tokens=8)

@@ -1,8 +1,46 @@
-"""Lightning callbacks that heal a converted model inside a training step which is not ours."""
+"""Callbacks that heal a converted model inside a training step which is not ours, lightning's or transformers'."""
 
-from .attention_transfer import AttentionTransfer
-from .lora_unfreezing import LoRAUnfreezing
-from .recipes import callbacks_for
-from .temperature_cooldown import TemperatureCooldown
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["AttentionTransfer", "LoRAUnfreezing", "TemperatureCooldown", "callbacks_for"]
+if TYPE_CHECKING:
+    from .attention_transfer import AttentionTransfer
+    from .branch_monitor import BranchMonitor
+    from .domain_mixing import DomainMixing
+    from .logit_distillation import LogitDistillation
+    from .lora_unfreezing import LoRAUnfreezing
+    from .recipes import callbacks_for
+    from .stage_runner import StageRunner
+    from .temperature_cooldown import TemperatureCooldown
+    from .window_dropout import WindowDropout
+
+__all__ = [
+    "AttentionTransfer",
+    "BranchMonitor",
+    "DomainMixing",
+    "LoRAUnfreezing",
+    "LogitDistillation",
+    "StageRunner",
+    "TemperatureCooldown",
+    "WindowDropout",
+    "callbacks_for",
+]
+
+MODULES = {
+    "AttentionTransfer": "attention_transfer",
+    "BranchMonitor": "branch_monitor",
+    "DomainMixing": "domain_mixing",
+    "LoRAUnfreezing": "lora_unfreezing",
+    "LogitDistillation": "logit_distillation",
+    "StageRunner": "stage_runner",
+    "TemperatureCooldown": "temperature_cooldown",
+    "WindowDropout": "window_dropout",
+    "callbacks_for": "recipes",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # a schedule alone costs no import of lightning
+    if name in MODULES:
+        return getattr(import_module(f".{MODULES[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,36 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from ..errors import SurgeryError
+from ..mixers.windows import narrowed
 from ..operate import mode
+from ..patchers.interface import converted_layers
 from ..training.losses import transfer_loss
 from ..training.parameters import new_parameters, train_only
 from ..training.stages import Part, TransferLoss
-from .base import HealingCallback
+from .base import rewrap
+from .loss_callback import LossCallback, Run
+from .schedules import Scheduled
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
 
 
-class AttentionTransfer(HealingCallback):
+class AttentionTransfer(LossCallback):
     """Attention transfer (LoLCATs, arXiv 2410.10254, §3.2): in every layer the mixer is compared with the softmax
     attention on the same q, k and v, and the softmax output flows on, so that all layers learn in one pass.
 
     Wraps the module's `training_step`, which goes on running, on what is the softmax model meanwhile. With `replace`
     its loss is dropped, and nothing flows back through the network; else `weight` times the transfer loss is added.
 
-    loss: the terms, a `TransferLoss` or its dict. start, stop: optimizer steps. trains: the new parameters that learn,
-    alone, while this is active; afterwards those learn that did before. model: see `HealingCallback`.
-    Logs `transfer_loss`, the mean over the layers.
+    loss: the terms, a `TransferLoss` or its dict. start, stop: optimizer steps. weight: a number or a schedule.
+    trains: the new parameters that learn, alone, while this is active; afterwards those learn that did before.
+    branch: what is compared, "both" branches as the model mixes them, or the "linear" one alone over all keys, so that
+    a window cannot do its work for it (arXiv 2510.05901). layer_weights: of some layers, by index; others count 1.
+    model: see `HealingCallback`. Logs `transfer_loss`, the mean over the layers.
 
     Example::
 
         trainer = Trainer(callbacks=[AttentionTransfer({"normalized_mse": 1}, stop=200), LoRAUnfreezing(start=200)])
     """
+
+    name = "transfer_loss"
 
     def __init__(
         self,
@@ -39,79 +50,86 @@ class AttentionTransfer(HealingCallback):
         *,
         start: int = 0,
         stop: int | None = None,
-        weight: float = 1.0,
+        weight: Scheduled = 1.0,
         replace: bool = True,
-        trains: tuple[Part, ...] = ("mixer",),
+        trains: Sequence[Part] = ("mixer",),
+        branch: Literal["linear", "both"] = "both",
+        layer_weights: Mapping[int, float] | None = None,
         model: str | None = None,
     ) -> None:
-        super().__init__(start, stop, model)
+        super().__init__(start, stop, model, weight=weight, replace=replace)
         given = {"normalized_mse": 1.0} if loss is None else loss
         self.loss = given if isinstance(given, TransferLoss) else TransferLoss(**given)
-        self.weight, self.replace, self.trains = weight, replace, trains
+        self.trains, self.branch, self.layer_weights = tuple(trains), branch, dict(layer_weights or {})
         self._before: dict[str, bool] | None = None
-        self._wrapped: Any = None
+        self._moved = False
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage != "fit":
-            return
-        if not pl_module.automatic_optimization:
+    def prepare(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().prepare(trainer, pl_module)
+        layers = {module.layer_idx for module in converted_layers(self.find(pl_module)).values()}
+        if not self.layer_weights.keys() <= layers:
             raise SurgeryError(
-                "AttentionTransfer changes the loss of training_step, which a module with manual optimization does not "
-                "return: use surgery.mode(model, 'transfer') in your step, or automatic optimization"
+                f"layer_weights names layers {sorted(self.layer_weights.keys() - layers)}, but those converted are "
+                f"{sorted(layers)}"
             )
-        self.find(pl_module)
         if self.active(0):
             # before optimizers are made and the module is wrapped, so that both see what learns
             self._freeze(pl_module)
-        self._wrap(trainer, pl_module)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        sharded = next((type(m).__name__ for m in pl_module.modules() if type(m).__name__.startswith("FSDP")), None)
+        if sharded is not None:
+            raise SurgeryError(
+                f"AttentionTransfer sends no gradient through {sharded}, so FSDP would not add the gradients of the "
+                "processes up: run this stage with DDP, and shard the model for the next"
+            )
+        self._end(trainer, pl_module)  # resumed after `stop`
 
     def at_step(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
-        if self.active(step):
+        if self.active(step) and self._before is None:
             self._freeze(pl_module)
-        else:
+            self._moved = True
+        if self._moved:
+            rewrap(trainer, pl_module, type(self).__name__)
+            self._moved = False
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        # not at the next step: a callback that acts there must find everything released
+        self._end(trainer, pl_module)
+
+    def _end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._before is not None and not self.active(trainer.global_step):
             self._release(pl_module)
+            self._moved = True
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._release(pl_module)
-        if self._wrapped is not None and pl_module.__dict__.get("training_step") is self._wrapped:
-            del pl_module.__dict__["training_step"]
-        self._wrapped = None
+        super().teardown(trainer, pl_module, stage)
 
-    def transfer(self, pl_module: LightningModule, run: Any) -> tuple[Any, Tensor]:
+    def around(self, pl_module: LightningModule, run: Run) -> tuple[Any, Tensor]:
+        return self.transfer(pl_module, run)
+
+    def transfer(self, pl_module: LightningModule, run: Run) -> tuple[Any, Tensor]:
         """What `run()` returns in transfer mode, and the mean transfer loss of the layers."""
-        objective = transfer_loss(self.loss)
-        with mode(self.find(pl_module), "transfer", loss=objective, cross_entropy=self.loss.cross_entropy) as switch:
+        model, terms = self.find(pl_module), self.loss
+        alone = narrowed(model, reach=0) if self.branch == "linear" else nullcontext()
+        weights = {"cross_entropy": terms.cross_entropy, "projected_l2": terms.projected_l2}
+        with alone, mode(model, "transfer", loss=transfer_loss(terms), **weights) as switch:
             output = run()
             losses = dict(switch.losses)
+        if output is None:
+            return None, torch.zeros(())
         if not losses:
             raise SurgeryError("the training step never ran the converted model, so there is nothing to transfer")
         device = next(iter(losses.values())).device
-        return output, torch.stack([loss.to(device) for loss in losses.values()]).mean()
-
-    def _wrap(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        original = pl_module.training_step
-
-        # no functools.wraps: lightning would look through it for the method that is overridden
-        def training_step(*args: Any, **kwargs: Any) -> Any:
-            if self._wrapped is None or not self.active(trainer.global_step):
-                return original(*args, **kwargs)
-            output, loss = self.transfer(pl_module, lambda: original(*args, **kwargs))
-            pl_module.log("transfer_loss", loss.detach(), prog_bar=True)
-            return self._combine(output, loss)
-
-        self._wrapped = training_step
-        pl_module.training_step = training_step
-
-    def _combine(self, output: Any, loss: Tensor) -> Any:
-        if output is None:  # the step chose to skip this batch
-            return None
-        own = output["loss"] if isinstance(output, Mapping) else output
-        total = self.weight * loss if self.replace else own + self.weight * loss
-        return {**output, "loss": total} if isinstance(output, Mapping) else total
+        weighted = [self.layer_weights.get(index, 1.0) * loss.to(device) for index, loss in losses.items()]
+        return output, torch.stack(weighted).mean()
 
     def _freeze(self, pl_module: LightningModule) -> None:
-        if self._before is not None:
-            return
         chosen = new_parameters(self.find(pl_module), self.trains)
         self._before = {name: p.requires_grad for name, p in pl_module.named_parameters()}
         if self.replace:

@@ -1,11 +1,12 @@
-"""Let low-rank adapters on the attention projections start to learn at some step."""
+"""Let low-rank adapters on the attention projections start to learn at some step, all at once or layer by layer."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from lightning.pytorch import LightningModule, Trainer
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -14,18 +15,29 @@ from ..errors import SurgeryError
 from ..patchers.sites import projections
 from ..training.parameters import new_parameters, train_only
 from ..training.stages import Part, Projection
-from .base import HealingCallback
+from .base import HealingCallback, rewrap
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
 
 ADAPTER = "healing"
+SAMPLE = (1, 32)
+"""Tokens on which a merge is checked."""
 
 
 class LoRAUnfreezing(HealingCallback):
     """LoRA (arXiv 2106.09685) on the attention projections: the adapters are there from the beginning of the fit, and
     learn from optimizer step `start` on, with nothing else but the parts of the mixers that `trains` names.
 
-    rank, alpha, dropout: of the adapters, whose output is scaled by alpha / rank. targets: projections by role.
+    rank, alpha, dropout: of the adapters, whose output is scaled by alpha / rank. targets: projections by role, every
+    one of which gets an adapter, or an error says which cannot.
+    adapter: name of one that the model already has, which learns in place of a new one; `targets` is only checked.
+    then: later steps, at each of which another group of layers joins; the layers make len(then) + 1 groups, and
+    `order` says whether the one next to the output ("top") or to the input ("bottom") begins.
     lr, mixer_lr: rates of the adapters and of what `trains` names; None: that of the module's first parameter group.
-    What the module's optimizer does not hold yet is added to it, as groups of their own. model: see `HealingCallback`.
+    What the module's optimizer does not hold yet is added to it, as groups of their own. optimizer: which one, if the
+    module has several. merge: at the end of the fit, add the adapters to the weights and check that the logits stay.
+    model: see `HealingCallback`.
 
     Works on a model that is not converted, too: the control of a conversion.
     """
@@ -36,46 +48,48 @@ class LoRAUnfreezing(HealingCallback):
         self,
         *,
         start: int = 0,
+        then: Sequence[int] = (),
+        order: Literal["top", "bottom"] = "top",
         rank: int = 8,
         alpha: float = 16.0,
         dropout: float = 0.0,
-        targets: Sequence[Projection] = ("q", "k", "v", "o"),
+        targets: Sequence[Projection] | None = None,
+        adapter: str | None = None,
         trains: Sequence[Part] = (),
         lr: float | None = None,
         mixer_lr: float | None = None,
+        optimizer: int | None = None,
+        merge: bool = False,
         model: str | None = None,
     ) -> None:
         super().__init__(start, None, model)
+        if list(then) != sorted({start, *then})[1:]:
+            raise SurgeryError(f"LoRAUnfreezing(start={start}, then={list(then)}): give increasing steps after start")
+        if adapter is not None and merge:
+            raise SurgeryError(
+                "LoRAUnfreezing merges the adapters it made itself, not yours: call merge_and_unload() afterwards"
+            )
+        self.then, self.order, self.adapter, self.merge = tuple(then), order, adapter, merge
         self.rank, self.alpha, self.dropout = rank, alpha, dropout
-        self.targets, self.trains = tuple(targets), tuple(trains)
-        self.lr, self.mixer_lr = lr, mixer_lr
-        self._adapters: list[nn.Parameter] = []
-        self._mixers: list[nn.Parameter] = []
-        self._learning = False
+        self.targets, self.trains = None if targets is None else tuple(targets), tuple(trains)
+        self.lr, self.mixer_lr, self.optimizer = lr, mixer_lr, optimizer
+        self._layers: list[list[nn.Parameter]] = []
+        self.mixers: list[nn.Parameter] = []
+        self._learning = 0
         self._groups_in_checkpoint = 0
         self._groups: list[dict[str, Any]] = []
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage != "fit":
-            return
-        if self.start and trainer.world_size > 1:
-            raise SurgeryError(
-                "LoRAUnfreezing(start=...) changes what learns after the module was wrapped for several processes, "
-                "which would leave the new gradients unsynchronised: run the stages as separate fits"
-            )
+    def prepare(self, trainer: Trainer, pl_module: LightningModule) -> None:
         model = self.find(pl_module)
-        if ADAPTER not in adapters.names(model):
-            adapters.inject(
-                model, ADAPTER, projections(model, self.targets), rank=self.rank, alpha=self.alpha, dropout=self.dropout
-            )
-        named = model.named_parameters()
-        self._adapters = [p for name, p in named if ".lora_" in name and f".{ADAPTER}." in name]
-        self._mixers = list(new_parameters(model, self.trains).values())
-        self._learning, self._groups = False, []
-        for parameter in self._adapters:
-            parameter.requires_grad_(False)
+        if self.adapter is None:
+            self._inject(model)
+        else:
+            self._check_adapter(model, self.adapter)
+        self._layers = self._grouped(adapters.parameters(model, self.adapter or ADAPTER))
+        self.mixers = list(new_parameters(model, self.trains).values())
+        self._learning, self._groups = 0, []
         if self.active(0):
-            self._unfreeze(pl_module)
+            self._unfreeze(pl_module, 1)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # before the state of the optimizers is restored, which has these groups if the checkpoint is from after `start`
@@ -83,9 +97,21 @@ class LoRAUnfreezing(HealingCallback):
             self._add_groups(trainer)
 
     def at_step(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
-        if self.active(step) and not self._learning:
-            self._unfreeze(pl_module)
+        learning = sum(step >= at for at in (self.start, *self.then))
+        if learning > self._learning:
+            self._unfreeze(pl_module, learning)
             self._add_groups(trainer)
+            rewrap(trainer, pl_module, type(self).__name__)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self.merge or trainer.global_step < self.last(trainer):
+            return  # interrupted: the fit that resumes this one merges
+        model: Any = self.find(pl_module)
+        words = model.config.get_text_config(decoder=True).vocab_size
+        generator = torch.Generator("cpu").manual_seed(0)
+        training = model.training
+        adapters.merge_checked(model, torch.randint(words, SAMPLE, generator=generator).to(model.device))
+        model.train(training)
 
     def state_dict(self) -> dict[str, Any]:
         return {"groups": len(self._groups)}
@@ -94,37 +120,83 @@ class LoRAUnfreezing(HealingCallback):
         self._groups_in_checkpoint = state_dict["groups"]
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._adapters, self._mixers, self._groups = [], [], []
-        self._learning, self._groups_in_checkpoint = False, 0
+        self._layers, self.mixers, self._groups = [], [], []
+        self._learning, self._groups_in_checkpoint = 0, 0
 
-    def _unfreeze(self, pl_module: LightningModule) -> None:
-        train_only(pl_module, [*self._adapters, *self._mixers])
-        self._learning = True
+    def _inject(self, model: Any) -> None:
+        targets = projections(model, self.targets or ("q", "k", "v", "o"))
+        if ADAPTER not in adapters.names(model):
+            how: dict[str, Any] = {"rank": self.rank, "alpha": self.alpha, "dropout": self.dropout}
+            for parameter in adapters.inject(model, ADAPTER, targets, **how):
+                parameter.requires_grad_(False)
+        adapters.require(model, ADAPTER, targets)
+
+    def _check_adapter(self, model: Any, name: str) -> None:
+        if name not in adapters.names(model):
+            raise SurgeryError(
+                f"the model has no adapter {name!r}, but {', '.join(sorted(adapters.names(model))) or 'none'}: leave "
+                "`adapter` out to make one"
+            )
+        if self.targets is not None:
+            adapters.require(model, name, projections(model, self.targets))
+        for parameter in adapters.parameters(model, name).values():
+            parameter.requires_grad_(False)
+
+    def _grouped(self, named: dict[str, nn.Parameter]) -> list[list[nn.Parameter]]:
+        """The adapter's parameters, those that learn first at first; what is in no layer goes with the first."""
+        found = {name: re.search(r"\.(\d+)\.", name) for name in named}
+        layers = {name: int(match[1]) for name, match in found.items() if match}
+        order = sorted(set(layers.values()), reverse=self.order == "top")
+        groups: list[list[nn.Parameter]] = [[] for _ in range(1 + len(self.then))]
+        if len(order) < len(groups):
+            raise SurgeryError(
+                f"LoRAUnfreezing(then=...) makes {len(groups)} groups of {len(order)} layers with adapters: give fewer "
+                "steps"
+            )
+        for name, parameter in named.items():
+            place = order.index(layers[name]) if name in layers else 0
+            groups[place * len(groups) // len(order)].append(parameter)
+        return groups
+
+    def _all(self) -> list[nn.Parameter]:
+        return [parameter for group in self._layers for parameter in group]
+
+    def _unfreeze(self, pl_module: LightningModule, learning: int) -> None:
+        """Let the first `learning` groups learn."""
+        train_only(pl_module, [p for group in self._layers[:learning] for p in group] + self.mixers)
+        self._learning = learning
 
     def _add_groups(self, trainer: Trainer) -> None:
         if self._groups:
             return
-        if len(trainer.optimizers) != 1:
-            raise SurgeryError(
-                f"LoRAUnfreezing adds its parameters to the module's optimizer, which has to be one alone: there are "
-                f"{len(trainer.optimizers)}"
-            )
-        (optimizer,) = trainer.optimizers
-        for parameters, lr in ((self._adapters, self.lr), (self._mixers, self.mixer_lr)):
-            group = _own_group(optimizer, parameters, lr)
+        optimizer = self._optimizer(trainer)
+        for parameters, lr in ((self._all(), self.lr), (self.mixers, self.mixer_lr)):
+            group = _own_group(optimizer, trainer.optimizers, parameters, lr)
             if group is not None:
                 self._groups.append(group)
-                _follow(trainer, group)
+                _follow(trainer, optimizer, group)
+
+    def _optimizer(self, trainer: Trainer) -> Optimizer:
+        optimizers = trainer.optimizers
+        if self.optimizer is None and len(optimizers) != 1:
+            raise SurgeryError(
+                f"LoRAUnfreezing adds its parameters to the module's optimizer, and there are {len(optimizers)}: say "
+                "which by its index, as in LoRAUnfreezing(optimizer=0)"
+            )
+        return optimizers[self.optimizer or 0]
 
 
-def _own_group(optimizer: Optimizer, parameters: list[nn.Parameter], lr: float | None) -> dict[str, Any] | None:
+def _own_group(
+    optimizer: Optimizer, optimizers: list[Optimizer], parameters: list[nn.Parameter], lr: float | None
+) -> dict[str, Any] | None:
     """Give these parameters a group, taking them out of others when they need a rate of their own."""
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    groups = [group for each in optimizers for group in each.param_groups]
+    held = {id(p) for group in groups for p in group["params"]}
     if lr is None:
         parameters = [p for p in parameters if id(p) not in held]
     else:
         moved = {id(p) for p in parameters}
-        for group in optimizer.param_groups:
+        for group in groups:
             group["params"] = [p for p in group["params"] if id(p) not in moved]
     if not parameters:
         return None
@@ -133,10 +205,12 @@ def _own_group(optimizer: Optimizer, parameters: list[nn.Parameter], lr: float |
     return optimizer.param_groups[-1]
 
 
-def _follow(trainer: Trainer, group: dict[str, Any]) -> None:
+def _follow(trainer: Trainer, optimizer: Optimizer, group: dict[str, Any]) -> None:
     """Let the schedulers made for the other groups treat the new one as they treat the first."""
     for config in trainer.lr_scheduler_configs:
         scheduler = config.scheduler
+        if getattr(scheduler, "optimizer", optimizer).param_groups is not optimizer.param_groups:
+            continue  # of another optimizer; a wrapped one has the same groups
         group.setdefault("initial_lr", group["lr"])
         for name, value in (("base_lrs", group["initial_lr"]), ("min_lrs", None), ("lr_lambdas", None)):
             values = getattr(scheduler, name, None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from ..errors import SurgeryError
 from ..patchers.interface import converted_layers
 from ..patchers.sites import find_model
-from ..training.text import check_vocabulary, windows
+from ..progress import Progress
+from ..training.data.tokens import check_vocabulary, windows
 from . import history, recall
 from .losses import check_length, measuring, token_nll
 from .memory import measure_memory
@@ -27,9 +28,6 @@ from .result import (
     position_buckets,
     stderr,
 )
-
-Progress = Callable[[str, int, int], None]
-"""Called with what is being done, how much of it is done, and how much there is."""
 
 
 def evaluate(

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +10,10 @@ from typing import Any
 import torch
 
 from ..errors import SurgeryError, loading
-from ..training.text import check_vocabulary, read_corpora
+from ..progress import showing_progress
+from ..training.data.tokens import check_vocabulary, read_corpora
 from .comparison import Comparison, compare, read_result
-from .measure import Progress, evaluate
+from .measure import evaluate
 from .result import Evaluation
 
 DEMO = Path(__file__).resolve().parents[1] / "demo"
@@ -114,17 +113,3 @@ def is_demo(config: Any) -> bool:
     own = AutoConfig.from_pretrained(DEMO)
     same_type = config.model_type.removeprefix("surgery_") == own.model_type
     return same_type and all(getattr(config, name, None) == getattr(own, name) for name in names)
-
-
-@contextmanager
-def showing_progress(name: str) -> Iterator[Progress | None]:
-    """A bar on standard error, if that is a terminal."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import Progress as Bars
-
-    with Bars(console=Console(stderr=True), transient=True) as bars:
-        task = bars.add_task(name)
-        yield lambda what, done, total: bars.update(task, description=f"{name}, {what}", completed=done, total=total)

@@ -9,12 +9,12 @@ from pydantic import model_validator
 from torch import Tensor
 
 from .. import kernels
-from .base import AttentionContext, AttentionShape, Mixer, MixerBase, State
+from .base import AttentionContext, AttentionShape, MixerBase, State
 from .feature_maps import FeatureMapConfig, SoftmaxConfig
 from .gates import GateConfig, KeyGateConfig
 from .linear import check_state
 from .mixes import AverageConfig
-from .windows import WindowConfig, describe_window, window_branch
+from .windows import WindowConfig, Windowed, describe_window, window_branch
 
 
 class GLAConfig(MixerBase):
@@ -44,7 +44,7 @@ class GLAConfig(MixerBase):
         return (RawGLAMixer if self.rope == "raw" else GLAMixer)(self, shape)
 
 
-class GLAMixer(Mixer):
+class GLAMixer(Windowed):
     """See `GLAConfig`. New parameters: those of the feature maps, none with Liger's."""
 
     needs = frozenset({"raw_k"})
@@ -72,6 +72,9 @@ class GLAMixer(Mixer):
     def forward(
         self, context: AttentionContext, state: State | None = None, return_state: bool = False
     ) -> tuple[Tensor, State | None]:
+        window = self.near
+        if window is not None and self.window_alone:
+            return window_branch(window, self.shape, context, state, return_state)
         q, k = self.linear_inputs(context)
         assert context.raw_k is not None
         y, after = kernels.gated_linear_attention(
@@ -86,9 +89,9 @@ class GLAMixer(Mixer):
             segments=context.segments,
             return_state=return_state,
         )
-        if self.window is None or self.mix is None:
+        if window is None or self.mix is None or not window.size:
             return y, after
-        near, ring = window_branch(self.window, self.shape, context, state, return_state)
+        near, ring = window_branch(window, self.shape, context, state, return_state)
         return self.mix(near, y), None if after is None or ring is None else after | ring
 
     def init_state(self, batch: int, *, device: torch.device | str, dtype: torch.dtype) -> State:

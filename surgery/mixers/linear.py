@@ -9,10 +9,11 @@ from pydantic import model_validator
 from torch import Tensor
 
 from .. import kernels
-from .base import AttentionContext, AttentionShape, Mixer, MixerBase, State
+from ..kernels import Joint, LogMass, Window
+from .base import AttentionContext, AttentionShape, MixerBase, State
 from .feature_maps import FeatureMapConfig, FixedConfig, HedgehogConfig
 from .mixes import JointMix, LogMassMix, MixConfig
-from .windows import WindowConfig, describe_window, window_branch
+from .windows import WindowConfig, Windowed, describe_window, window_branch
 
 
 def check_state(state: str, feature_map: FixedConfig) -> None:
@@ -64,7 +65,7 @@ class LinearConfig(MixerBase):
         return (LinearMixer if self.rope == "rotated" else RawLinearMixer)(self, shape)
 
 
-class LinearMixer(Mixer):
+class LinearMixer(Windowed):
     """See `LinearConfig`. New parameters: those of `feature_map_q`, `feature_map_k` and `mix`."""
 
     def __init__(self, config: LinearConfig, shape: AttentionShape) -> None:
@@ -83,12 +84,15 @@ class LinearMixer(Mixer):
     def forward(
         self, context: AttentionContext, state: State | None = None, return_state: bool = False
     ) -> tuple[Tensor, State | None]:
+        window = self.near
+        if window is not None and self.window_alone:
+            return window_branch(window, self.shape, context, state, return_state)
         if isinstance(self.mix, JointMix | LogMassMix):
             return self._hybrid(context, state, return_state)
         y, after = self._linear(context, state, return_state)
-        if self.window is None or self.mix is None:
+        if window is None or self.mix is None or not window.size:
             return y, after
-        near, ring = window_branch(self.window, self.shape, context, state, return_state)
+        near, ring = window_branch(window, self.shape, context, state, return_state)
         return self.mix(near, y), None if after is None or ring is None else after | ring
 
     def linear_inputs(self, context: AttentionContext) -> tuple[Tensor | None, Tensor | None]:
@@ -114,8 +118,8 @@ class LinearMixer(Mixer):
     def _hybrid(
         self, context: AttentionContext, state: State | None, return_state: bool
     ) -> tuple[Tensor, State | None]:
-        assert self.window is not None
-        assert isinstance(self.mix, JointMix | LogMassMix)
+        window = self.near
+        assert window is not None
         q, k = self.linear_inputs(context)
         return kernels.hybrid_attention(
             context.q,
@@ -125,8 +129,8 @@ class LinearMixer(Mixer):
             linear_k=k,
             features_q=self.feature_map_q(),
             features_k=self.feature_map_k(),
-            mix=self.mix(),
-            window=self.window,
+            mix=self._balance(window),
+            window=window,
             scaling=context.scaling,
             softcap=self.shape.softcap,
             state=state,
@@ -135,10 +139,21 @@ class LinearMixer(Mixer):
             return_state=return_state,
         )
 
+    def _balance(self, window: Window) -> Joint | LogMass:
+        """The mix of this call. Without a window what balances the branches cancels, and rounding alone would make its
+        gradient, which an optimizer that divides by its size takes for one: it is zero then."""
+        assert isinstance(self.mix, JointMix | LogMassMix)
+        mix = self.mix()
+        if window.size or isinstance(mix, Joint):
+            return mix
+        return mix._replace(
+            q_weight=0 * mix.q_weight, q_bias=0 * mix.q_bias, k_bias=mix.k_bias.detach() + 0 * mix.k_bias
+        )
+
     def cross_entropy(self, context: AttentionContext) -> Tensor:
         if not self.config.has_weights:
             return super().cross_entropy(context)
-        q, k = self.linear_inputs(context)
+        (q, k), window = self.linear_inputs(context), self.near
         return kernels.attention_cross_entropy(
             context.q,
             context.k,
@@ -146,8 +161,8 @@ class LinearMixer(Mixer):
             linear_k=k,
             features_q=self.feature_map_q(),
             features_k=self.feature_map_k(),
-            mix=self.mix() if isinstance(self.mix, JointMix | LogMassMix) else None,
-            window=self.window,
+            mix=None if window is None else self._balance(window),
+            window=window,
             scaling=context.scaling,
             softcap=self.shape.softcap,
             limit=self.shape.sliding_window,

@@ -1,15 +1,17 @@
-"""The exact softmax window of a mixer and its recipe entry."""
+"""The exact softmax window of a mixer and its recipe entry; mixers whose two branches can be told apart for a while."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 from pydantic import NonNegativeInt, PositiveInt
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import kernels
 from ..kernels import Window
-from .base import AttentionContext, AttentionShape, Config, State
+from .base import AttentionContext, AttentionShape, Config, Mixer, State
 
 
 class WindowConfig(Config):
@@ -31,6 +33,50 @@ class WindowConfig(Config):
         if limit is not None:
             size = min(size, limit if self.layout == "sliding" else max(1, limit // 2))
         return Window(size, self.layout, self.sinks)
+
+
+class Windowed(Mixer):
+    """Base of mixers that have a linear branch and may have a window beside it.
+
+    reach: for now the window is no larger than this; 0: the linear branch answers alone, and has all keys. None: as
+    the recipe says. linear: False: for now the window answers alone. For whole sequences, in training and measuring:
+    what is cached meanwhile fits no later call. See `narrowed`.
+    """
+
+    window: Window | None
+    reach: int | None = None
+    linear: bool = True
+
+    @property
+    def near(self) -> Window | None:
+        """The window of this call; of size 0, and without sinks, when there is none for now."""
+        window, reach = self.window, self.reach
+        if window is None or reach is None or reach >= window.size:
+            return window
+        return window._replace(size=reach) if reach else Window(0)
+
+    @property
+    def window_alone(self) -> bool:
+        """Whether the linear branch is off."""
+        return not self.linear and self.window is not None
+
+
+def windowed(model: nn.Module) -> list[Windowed]:
+    """The mixers in `model` that have both branches, in layer order."""
+    return [module for module in model.modules() if isinstance(module, Windowed) and module.window is not None]
+
+
+@contextmanager
+def narrowed(model: nn.Module, reach: int | None = None, linear: bool = True) -> Iterator[None]:
+    """Make every window in `model` smaller, or switch it or the linear branch off, for a while (`Windowed`)."""
+    before = [(mixer, mixer.reach, mixer.linear) for mixer in windowed(model)]
+    try:
+        for mixer, _, _ in before:
+            mixer.reach, mixer.linear = reach, linear
+        yield
+    finally:
+        for mixer, old_reach, old_linear in before:
+            mixer.reach, mixer.linear = old_reach, old_linear
 
 
 def window_branch(

@@ -41,6 +41,7 @@ class Switch:
     implementation: str = "sdpa"
     transfer_loss: TransferLoss | None = None
     cross_entropy: float = 0.0
+    projected_l2: float = 0.0
     losses: dict[int, Tensor] = field(default_factory=dict)
 
 
@@ -223,8 +224,21 @@ def _transfer(module: nn.Module, inputs: tuple, scaling: float, kwargs: dict, ch
     loss = switch.transfer_loss(*_select(student, teacher, chunk.real))
     if switch.cross_entropy:
         loss = loss + switch.cross_entropy * chunk.cross_entropy()
+    if switch.projected_l2:
+        loss = loss + switch.projected_l2 * _projected_l2(module, student, teacher, chunk.real)
     switch.losses[module.layer_idx] = loss
     return teacher, None
+
+
+def _projected_l2(module: nn.Module, student: Tensor, teacher: Tensor, real: Tensor | None) -> Tensor:
+    """Mean over the real tokens of ‖h_t - h_s‖ / √C between hidden states after the output projection (RADLADS)."""
+    project = getattr(module, module.surgery_family.o)
+    with torch.no_grad():
+        wanted = project(teacher.flatten(2))
+    frozen = {name: p.detach() for name, p in project.named_parameters() if p.requires_grad}
+    found = torch.func.functional_call(project, frozen, student.flatten(2))
+    errors = (found - wanted).float().norm(dim=-1) / wanted.shape[-1] ** 0.5
+    return (errors if real is None else errors[real]).mean()
 
 
 def _select(student: Tensor, teacher: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -26,14 +26,15 @@ def find_model(model: nn.Module) -> PreTrainedModel:
     """The one Hugging Face model in `model`: itself, or inside a PeftModel, a compiled module, a LightningModule.
 
     Raises:
-        UnsupportedModelError: there is none, there are several, or `model` is already wrapped for distribution.
+        UnsupportedModelError: there is none, there are several, or `model` was wrapped for distribution unconverted.
     """
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(
             f"surgery operates on torch modules, not on {type(model).__name__}: pass a loaded model, or use "
             "surgery.from_pretrained(name, recipe=...)"
         )
-    for path, module in model.named_modules():
+    converted = any(isinstance(module, Surgical) for module in model.modules())
+    for path, module in [] if converted else model.named_modules():
         if type(module).__name__ in WRAPPERS or type(module).__name__.startswith("FSDP"):
             raise UnsupportedModelError(
                 f"{path or 'the model'} is already wrapped by {type(module).__name__}: apply surgery before wrapping, "

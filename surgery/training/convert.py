@@ -11,34 +11,33 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from .. import adapters, hub
-from ..callbacks import AttentionTransfer
+from ..callbacks import AttentionTransfer, BranchMonitor, DomainMixing
+from ..callbacks.base import HealingCallback
 from ..callbacks.lora_unfreezing import ADAPTER
 from ..callbacks.recipes import stage_callbacks
 from ..errors import SurgeryError, loading
+from ..patchers.interface import converted_layers
 from ..patchers.sites import projections
 from ..recipe import Recipe
-from .batches import split, steps_of
 from .card import model_card
+from .data.corpus import OnError, open_corpora
+from .data.module import HealingData
+from .data.sources import open_source
 from .delta import load_delta, save_delta
+from .mixing import DomainSampler
 from .module import HealingModule
-from .run import Run, digest, write_csv, write_text
-from .stages import LoRA, Plateau, StageConfig
-from .text import read_corpora, windows
+from .run import Run, write_csv, write_text
+from .stages import LoRA, Plateau, StageConfig, TemperatureMixing
 from .watch import Checkpoints, Validation, Watch
 
 Say = Callable[[str], None]
-
-MERGE_TOLERANCE = 0.1
-"""More than the rounding of merged bf16 weights can move logits."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,8 @@ class Options:
 
     seed: of mixers, adapters and the order of the data. precision: lightning's name; "auto": bf16 autocast on a GPU,
     none on a CPU. accelerator: lightning's. save_every: optimizer steps between checkpoints. checkpointing: recompute
-    activations instead of keeping them. progress: draw a bar.
+    activations instead of keeping them. progress: draw a bar. column: of the text in tables. on_error: what to do with
+    rows that cannot be used, "raise" or "skip".
     """
 
     seed: int = 0
@@ -56,6 +56,8 @@ class Options:
     save_every: int = 50
     checkpointing: bool = False
     progress: bool = False
+    column: str = "text"
+    on_error: OnError = "raise"
 
 
 @dataclass
@@ -89,11 +91,12 @@ def convert(
         SurgeryError: the request makes no sense, or `out` or its run folder belongs to something else.
     """
     options, out = options or Options(), Path(out)
-    files, held = [Path(file) for file in data], [Path(file) for file in validation]
     if not recipe.stages:
         raise SurgeryError("the recipe has no stages, so there is nothing to run: surgery.apply alone converts a model")
     request = {"model": str(model), "recipe": recipe.to_dict(), "seed": options.seed, "precision": options.precision}
-    request |= {"data": digest(_existing(files)), "validation": digest(_existing(held))}
+    request |= {"data": _digests(data), "validation": _digests(validation)}
+    if options.column != "text":
+        request["column"] = options.column
     if out.exists() and any(out.iterdir()):
         raise SurgeryError(
             f"{out} exists: a finished run is not repeated; give another --out, or delete it to run again"
@@ -106,7 +109,7 @@ def convert(
         torch.set_float32_matmul_precision("high")  # mixers compute in fp32: training affords tf32, measuring does not
     torch.manual_seed(options.seed)
     network, tokenizer = _load(str(model), recipe), _tokenizer(str(model))
-    rows = Rows(files, held, tokenizer, network.config.get_text_config().vocab_size)
+    rows = StageData(data, validation, tokenizer, network.config.get_text_config(), options, say)
     results = []
     for index, stage in enumerate(recipe.stages):
         say(f"stage {index + 1} of {len(recipe.stages)}: {stage.kind}")
@@ -116,33 +119,49 @@ def convert(
     return _finish(network, tokenizer, recipe, results, run, request, rows, say)
 
 
-class Rows:
+class StageData:
     """The text as rows of tokens, for every stage at its own length."""
 
-    def __init__(self, files: list[Path], held: list[Path], tokenizer: Any, vocabulary: int) -> None:
-        self.corpora = read_corpora(files, tokenizer, vocab_size=vocabulary)
-        self.held = read_corpora(held, tokenizer, vocab_size=vocabulary) if held else {}
-        self.tokens = sum(len(tokens) for tokens in self.corpora.values())
+    def __init__(
+        self,
+        data: Sequence[str | Path],
+        held: Sequence[str | Path],
+        tokenizer: Any,
+        config: PreTrainedConfig,
+        options: Options,
+        say: Say,
+    ) -> None:
+        eos = config.eos_token_id if tokenizer is None and isinstance(config.eos_token_id, int) else None
+        how: dict[str, Any] = {"vocab_size": config.vocab_size, "column": options.column, "eos": eos, "report": say}
+        how |= {"on_error": options.on_error, "progress": options.progress}
+        self.corpora = open_corpora(data, tokenizer, **how)
+        self.held = open_corpora(held, tokenizer, **how) if held else []
+        self.seed = options.seed
 
-    def at(self, length: int) -> tuple[Tensor, Tensor]:
-        """Training and validation rows: [N, length], [n, length]."""
-        train = windows(np.concatenate(list(self.corpora.values())), length)
-        if not self.held:
-            if len(train) < 2:
-                raise SurgeryError(
-                    f"the data is one window of {length} tokens, and one is held out for validation: give more text, "
-                    "validation files of its own, or a shorter sequence_length"
-                )
-            return split(train)
-        held = windows(np.concatenate(list(self.held.values())), length)
-        return train, held[torch.linspace(0, len(held) - 1, min(len(held), 64)).long()]
+    def at(self, stage: StageConfig) -> HealingData:
+        return HealingData(
+            self.corpora,
+            validation=self.held,
+            sequence_length=stage.sequence_length,
+            batch_size=stage.batch_size,
+            packing=stage.packing,
+            by_domain=stage.mixing is not None,
+            seed=self.seed + stage.seed,
+        )
 
 
-def _existing(files: list[Path]) -> list[Path]:
-    for file in files:
-        if not file.is_file():
-            raise SurgeryError(f"no file {file}: --data and --validation name text, jsonl or token files")
-    return files
+def steps_of(stage: StageConfig, rows: int) -> int:
+    """Optimizer steps of a stage that has `rows` rows to train on, at least one."""
+    wanted = (stage.epochs or 0) * rows if stage.tokens is None else stage.tokens / stage.sequence_length
+    return max(1, round(wanted / (stage.batch_size * stage.accumulate)))
+
+
+def _digests(sources: Sequence[str | Path]) -> dict[str, str]:
+    """Name -> what identifies the content."""
+    for source in map(str, sources):
+        if not source.startswith("hf:") and not Path(source).is_file():
+            raise SurgeryError(f"no file {source}: --data and --validation name files, or data sets as hf:NAME[:SPLIT]")
+    return {str(source): open_source(source).digest() for source in sources}
 
 
 def _load(model: str, recipe: Recipe) -> PreTrainedModel:
@@ -166,7 +185,7 @@ def adapter_of(stage: LoRA, network: PreTrainedModel) -> dict[str, Any]:
 
 
 def _stage(
-    network: PreTrainedModel, index: int, stage: StageConfig, rows: Rows, run: Run, options: Options, say: Say
+    network: PreTrainedModel, index: int, stage: StageConfig, rows: StageData, run: Run, options: Options, say: Say
 ) -> StageResult:
     """Run one stage, or go on with it, or load what it learned."""
     delta, checkpoint = run.delta(index), run.checkpoint(index)
@@ -175,23 +194,24 @@ def _stage(
         load_delta(network, delta)
         say("  done before")
         return StageResult(**_json(summary))
-    train, held = rows.at(stage.sequence_length)
-    steps = steps_of(stage.tokens, stage.epochs, train, stage.batch_size * stage.accumulate)
-    start = 0
-    if checkpoint.exists():
-        start = int(torch.load(checkpoint, weights_only=True, map_location="cpu")["global_step"])
+    data = rows.at(stage)
+    steps = steps_of(stage, data.rows)
+    data.count = steps * stage.accumulate
     torch.manual_seed(options.seed + 1000 * (index + 1))
-    callbacks = stage_callbacks(stage)
+    callbacks = _callbacks(stage, data, options)
     transfer = next((c for c in callbacks if isinstance(c, AttentionTransfer)), None)
-    module = HealingModule(network, stage, train, steps=steps, start=start, seed=options.seed, transfer=transfer)
+    module = HealingModule(network, stage, steps=steps, transfer=transfer)
     every = stage.schedule.every if isinstance(stage.schedule, Plateau) else max(1, steps // 10)
-    validation = Validation(held, every)
-    watch = Watch(validation, None if options.progress else say, max(1, min(10, steps // 50)))
+    validation = Validation(data.val_dataloader(), every)
+    # how much of the work the linear branch does; `Watch` looks out for losses that are no number
+    monitor = BranchMonitor(every, guard=False) if converted_layers(network) else None
+    watch = Watch(validation, None if options.progress else say, max(1, min(10, steps // 50)), monitor=monitor)
     trainer = _trainer(stage, steps, run, index, options)
     # in this order: what validation found is logged, and what was logged is flushed before a checkpoint is written
+    callbacks += [] if monitor is None else [monitor]
     trainer.callbacks += [*callbacks, validation, watch, Checkpoints(checkpoint, options.save_every)]
     began = time.monotonic()
-    _fit(trainer, module, checkpoint, options)
+    _fit(trainer, module, data, checkpoint, options)
 
     tokens = steps * stage.batch_size * stage.accumulate * stage.sequence_length
     result = StageResult(
@@ -203,13 +223,31 @@ def _stage(
     return result
 
 
-def _fit(trainer: Trainer, module: HealingModule, checkpoint: Path, options: Options) -> None:
+def _callbacks(stage: StageConfig, data: HealingData, options: Options) -> list[HealingCallback]:
+    """Of a stage; what mixes domains also decides which rows come."""
+    if stage.mixing is None:
+        return stage_callbacks(stage)
+    if not isinstance(stage.mixing, TemperatureMixing) or stage.mixing.at == "plateau":
+        raise SurgeryError(
+            "surgery convert mixes domains by a temperature that changes at a step or a fraction of the stage: for a "
+            "bandit or a plateau, use surgery.callbacks.DomainMixing and HealingData in a Trainer of your own"
+        )
+    callbacks = stage_callbacks(stage, sizes=data.sizes)
+    mixing = next(callback for callback in callbacks if isinstance(callback, DomainMixing))
+    per_step = stage.batch_size * stage.accumulate
+    data.domains = DomainSampler(mixing.shared, per_step, seed=options.seed + stage.seed)
+    return callbacks
+
+
+def _fit(trainer: Trainer, module: HealingModule, data: HealingData, checkpoint: Path, options: Options) -> None:
     """Train to the end of the stage, from its checkpoint if there is one."""
     network = module.model
     network.train()
     if options.checkpointing:
         network.gradient_checkpointing_enable({"use_reentrant": False})
-    trainer.fit(module, ckpt_path=checkpoint if checkpoint.exists() else None, weights_only=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*have no `validation_step`.*")  # see `Validation`
+        trainer.fit(module, datamodule=data, ckpt_path=checkpoint if checkpoint.exists() else None, weights_only=True)
     if options.checkpointing:
         network.gradient_checkpointing_disable()
     network.eval()
@@ -252,15 +290,15 @@ def _finish(
     results: list[StageResult],
     run: Run,
     request: dict[str, Any],
-    rows: Rows,
+    rows: StageData,
     say: Say,
 ) -> Path:
     """Merge the adapters, write everything into a folder, and let that appear as a whole."""
-    out, sample = run.out, rows.at(recipe.stages[-1].sequence_length)[1][:1].to(network.device)
+    out, sample = run.out, next(iter(rows.at(recipe.stages[-1]).val_dataloader()))["input_ids"][:1].to(network.device)
     adapter = next((adapter_of(stage, network) for stage in reversed(recipe.stages) if isinstance(stage, LoRA)), None)
     with hub.replace_folder(out) as folder:
         save_delta(network, folder / "delta.safetensors", adapter)
-        drift = _merge(network, sample)
+        drift = adapters.merge_checked(network, sample)
         network.save_pretrained(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
@@ -272,26 +310,6 @@ def _finish(
     shutil.rmtree(run.folder)
     say(f"saved {out}")
     return out
-
-
-@torch.no_grad()
-def _merge(network: PreTrainedModel, sample: Tensor) -> float:
-    """Merge all adapters; returns by how much that moved the logits, relative to the largest.
-
-    Raises:
-        SurgeryError: by so much that it cannot be rounding.
-    """
-    network.eval()
-    before = network(input_ids=sample, use_cache=False).logits.float()
-    adapters.merge(network)
-    after = network(input_ids=sample, use_cache=False).logits.float()
-    drift = float((after - before).abs().max() / before.abs().max())
-    if not drift < MERGE_TOLERANCE:
-        raise SurgeryError(
-            f"merging the adapters moved the logits by {drift:.0%} of the largest: the base weights are in "
-            f"{network.dtype}, too coarse to take them; load the model in a wider dtype"
-        )
-    return drift
 
 
 def _dump(value: Any) -> str:

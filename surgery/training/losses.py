@@ -34,26 +34,14 @@ def _transfer(mse: float, normalized_mse: float, student: Tensor, teacher: Tenso
     return loss
 
 
-def cross_entropy(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Mean over the next tokens: logits [B, T, V], tokens [B, T]."""
-    return _in_rows(_row_cross_entropy, logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()) / tokens[:, 1:].numel()
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean over the next tokens: logits [B, T, V], labels [B, T], where -100 does not count."""
+    targets = labels[:, 1:].flatten()
+    blocks = zip(logits[:, :-1].flatten(0, 1).split(ROWS), targets.split(ROWS), strict=True)
+    # the fp32 copies of one block are made again in the backward pass instead of kept
+    sums = [checkpoint(_summed_cross_entropy, *block, use_reentrant=False) for block in blocks]
+    return torch.stack(sums).sum() / (targets != -100).sum().clamp(min=1)
 
 
-def kl_divergence(student: Tensor, teacher: Tensor) -> Tensor:
-    """KL(teacher ‖ student) per token: logits [B, T, V], twice -> mean over the tokens."""
-    return _in_rows(_row_kl, student.flatten(0, 1), teacher.flatten(0, 1)) / student.shape[:2].numel()
-
-
-def _row_cross_entropy(logits: Tensor, tokens: Tensor) -> Tensor:
+def _summed_cross_entropy(logits: Tensor, tokens: Tensor) -> Tensor:
     return functional.cross_entropy(logits.float(), tokens, reduction="sum")
-
-
-def _row_kl(student: Tensor, teacher: Tensor) -> Tensor:
-    log_p, log_q = teacher.float().log_softmax(-1), student.float().log_softmax(-1)
-    return functional.kl_div(log_q, log_p, reduction="sum", log_target=True)
-
-
-def _in_rows(loss: Callable[[Tensor, Tensor], Tensor], logits: Tensor, target: Tensor) -> Tensor:
-    """Σ loss over rows; the fp32 copies of one block are made again in the backward pass instead of kept."""
-    blocks = zip(logits.split(ROWS), target.split(ROWS), strict=True)
-    return torch.stack([checkpoint(loss, *block, use_reentrant=False) for block in blocks]).sum()

@@ -12,83 +12,72 @@ from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 from transformers import PreTrainedModel
 
 from ..callbacks import AttentionTransfer
-from ..callbacks.schedules import between
-from ..operate import mode
-from .batches import Batches
+from .data.rows import model_inputs
 from .delta import learned
-from .losses import cross_entropy, kl_divergence
-from .stages import Constant, LoRA, Plateau, StageConfig
+from .distillation import distill
+from .head import head_of
+from .losses import cross_entropy
+from .rates import rate_factor
+from .stages import LoRA, Plateau, StageConfig
 
 
 class HealingModule(LightningModule):
-    """Trains what the stage's callbacks left trainable, on rows of tokens.
+    """Trains what the stage's callbacks left trainable, on batches of `HealingData`.
 
-    rows: [N, T] int64. steps: optimizer steps of the whole stage; start: those already taken by an earlier process.
-    transfer: the callback that computes the loss in an attention-transfer stage.
+    steps: optimizer steps of the whole stage. transfer: the callback that computes the loss in an attention-transfer
+    stage.
     """
 
     def __init__(
         self,
         model: PreTrainedModel,
         stage: StageConfig,
-        rows: Tensor,
         *,
         steps: int,
-        start: int = 0,
-        seed: int = 0,
         transfer: AttentionTransfer | None = None,
     ) -> None:
         super().__init__()
-        self.model, self.stage, self.rows = model, stage, rows
-        self.steps, self.start, self.seed, self.transfer = steps, start, seed, transfer
+        self.model, self.stage, self.steps, self.transfer = model, stage, steps, transfer
         # checkpoints hold what learns; the rest is loaded from where the model came from
         self.strict_loading = False
         self.plateau: ReduceLROnPlateau | None = None
         self.learning = 0
         self._random: dict[str, Any] | None = None
 
-    def train_dataloader(self) -> Batches:
-        stage, trainer = self.stage, self.trainer
-        return Batches(
-            self.rows,
-            stage.batch_size,
-            self.steps * stage.accumulate,
-            start=self.start * stage.accumulate,
-            seed=self.seed + stage.seed,
-            rank=trainer.global_rank,
-            world=trainer.world_size,
-        )
-
-    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         if self.transfer is not None:
             return self._run(batch)
         loss = self._language_loss(batch)
         self.log("loss", loss.detach(), prog_bar=True)
         return loss
 
-    def _run(self, tokens: Tensor) -> Tensor:
+    def _run(self, batch: dict[str, Tensor]) -> Tensor:
         """The layers alone: in transfer mode nobody looks at the logits."""
-        hidden = self.model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+        hidden = self.model.base_model(**model_inputs(batch, labels=False)).last_hidden_state
         return hidden.new_zeros(())
 
-    def _language_loss(self, tokens: Tensor) -> Tensor:
+    def _language_loss(self, batch: dict[str, Tensor]) -> Tensor:
         assert isinstance(self.stage, LoRA)
-        weights = self.stage.loss
-        logits = self.model(input_ids=tokens, use_cache=False).logits
-        loss = logits.new_zeros((), dtype=torch.float32)
+        weights, inputs, labels = self.stage.loss, model_inputs(batch, labels=False), batch["labels"]
+        if not weights.kl:
+            return weights.cross_entropy * cross_entropy(self.model(**inputs).logits, labels)
+        decoder: Any = self.model.get_decoder()
+        hidden = decoder(**inputs)[0]
+        how: dict[str, Any] = {
+            "divergence": weights.divergence,
+            "temperature": weights.temperature,
+            "top_k": weights.top_k,
+        }
+        loss = weights.kl * distill(self.model, hidden, **inputs, **how)
         if weights.cross_entropy:
-            loss = loss + weights.cross_entropy * cross_entropy(logits, tokens)
-        if weights.kl:
-            with torch.no_grad(), mode(self.model, "teacher"):
-                teacher = self.model(input_ids=tokens, use_cache=False).logits
-            loss = loss + weights.kl * kl_divergence(logits, teacher)
+            loss = loss + weights.cross_entropy * cross_entropy(head_of(self.model)(hidden), labels)
         return loss
 
-    def validation_loss(self, tokens: Tensor) -> Tensor:
+    def validation_loss(self, batch: dict[str, Tensor]) -> Tensor:
         """The transfer loss, or nats per token."""
         if self.transfer is not None:
-            return self.transfer.transfer(self, lambda: self._run(tokens))[1]
-        return cross_entropy(self.model(input_ids=tokens, use_cache=False).logits, tokens)
+            return self.transfer.transfer(self, lambda: self._run(batch))[1]
+        return cross_entropy(self.model(**model_inputs(batch, labels=False)).logits, batch["labels"])
 
     def configure_optimizers(self) -> Any:
         stage = self.stage
@@ -116,16 +105,7 @@ class HealingModule(LightningModule):
         """Learning rate at a step, as a factor of the group's own."""
         schedule, rate = self.stage.schedule, group.get("lr", self.stage.lr)
         assert not isinstance(schedule, Plateau)
-
-        def factor(step: int) -> float:
-            if step < schedule.warmup:
-                return (step + 1) / schedule.warmup
-            if isinstance(schedule, Constant):
-                return 1.0
-            progress = (step - schedule.warmup) / max(self.steps - schedule.warmup, 1)
-            return between(1.0, min(schedule.min_lr / rate, 1.0), progress, schedule.kind)
-
-        return factor
+        return lambda step: rate_factor(schedule, rate, step, self.steps)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["state_dict"] = {f"model.{name}": tensor for name, tensor in learned(self.model).items()}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 import json
 import os
 from collections.abc import Iterable
@@ -96,15 +95,3 @@ def write_csv(path: Path, rows: list[dict[str, str]]) -> None:
         writer.writeheader()
         writer.writerows(rows)
     os.replace(temporary, path)
-
-
-def digest(files: Iterable[Path]) -> dict[str, str]:
-    """Name -> sha256 of the contents."""
-    found = {}
-    for file in files:
-        value = hashlib.sha256()
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 20):
-                value.update(block)
-        found[str(file)] = value.hexdigest()
-    return found

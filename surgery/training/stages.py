@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
 from ..mixers.base import Config
 
@@ -61,12 +69,62 @@ class Cooldown(Config):
     shape: Literal["linear", "cosine"] = "linear"
 
 
+class WindowDropping(Config):
+    """Switch the windows of all layers off, at random, with a probability that goes from `begin` to `end` over the
+    stage, so that the linear branch learns to do without."""
+
+    begin: float = Field(0.9, ge=0, le=1)
+    end: float = Field(0.0, ge=0, le=1)
+    shape: Literal["linear", "cosine"] = "linear"
+
+
+class TemperatureMixing(Config):
+    """Draw rows of domains by size^(1/tau), and by size^(1/end) from `at` on (Cooldown).
+
+    at: a fraction of the stage, an optimizer step, or "plateau": once the validation loss of the smallest domain has
+    not improved `patience` times. end: null keeps `tau`.
+    """
+
+    kind: Literal["temperature"] = "temperature"
+    tau: PositiveFloat = 5.0
+    end: PositiveFloat | None = 1.0
+    at: float | int | Literal["plateau"] = 0.5
+    patience: PositiveInt = 3
+
+    @field_validator("at")
+    @classmethod
+    def _a_moment(cls, at: float | int | str) -> float | int | str:
+        if not isinstance(at, str) and (at < 0 or (isinstance(at, float) and at > 1)):
+            raise ValueError(f"expected a fraction between 0 and 1, a whole step, or 'plateau', found {at}")
+        return at
+
+
+class BanditMixing(Config):
+    """Draw rows of the domains whose loss falls, decided every `every` optimizer steps.
+
+    policy, eta, floor, scale: see `surgery.training.bandits.BanditMix`.
+    """
+
+    kind: Literal["bandit"] = "bandit"
+    policy: Literal["exp3", "logbarrier"] = "logbarrier"
+    eta: PositiveFloat | None = None
+    floor: Fraction = 0.01
+    scale: PositiveFloat = 1.0
+    every: PositiveInt = 10
+
+
+Mixing = Annotated[TemperatureMixing | BanditMixing, Field(discriminator="kind")]
+
+
 class Stage(Config):
     """What all stages share: how long, on which batches, with which AdamW.
 
     tokens, epochs: the length of the stage; exactly one of the two.
     batch_size: sequences in one forward pass of one device; `accumulate` such passes make one optimizer step.
-    temperature: cool the feature maps down on the way.
+    temperature: cool the feature maps down on the way. window_dropout: leave windows out now and then.
+    mixing: how often rows of each domain come; null: as often as they are in the data.
+    packing: what a sequence is, "stream" whatever was cut from the text, or "documents" with no attention, window or
+    state across their ends.
     """
 
     tokens: PositiveInt | None = None
@@ -81,6 +139,9 @@ class Stage(Config):
     grad_clip: PositiveFloat | None = None
     seed: NonNegativeInt = 0
     temperature: Cooldown | None = None
+    window_dropout: WindowDropping | None = None
+    mixing: Mixing | None = None
+    packing: Literal["stream", "documents"] = "stream"
 
     @model_validator(mode="after")
     def _one_length(self) -> Stage:
@@ -92,45 +153,57 @@ class Stage(Config):
 class TransferLoss(Config):
     """Weights of the terms between the teacher's and the student's attention; at least one is not zero.
 
-    mse: mean squared error of the outputs, per head, before the output projection. normalized_mse: the same divided by
-    the variance of the teacher's output, so that layers weigh alike. cross_entropy: between the attention weights.
+    mse: mean squared error of the outputs, per head, before the output projection; LoLCATs takes 1000. normalized_mse:
+    the same divided by the variance of the teacher's output, so that layers weigh alike. cross_entropy: between the
+    attention weights. projected_l2: mean distance after the output projection over the root of its width (RADLADS).
     """
 
     mse: NonNegativeFloat = 0.0
     normalized_mse: NonNegativeFloat = 0.0
     cross_entropy: NonNegativeFloat = 0.0
+    projected_l2: NonNegativeFloat = 0.0
 
     @model_validator(mode="after")
     def _some_term(self) -> TransferLoss:
-        if not (self.mse or self.normalized_mse or self.cross_entropy):
-            raise ValueError(
-                "no term has a weight: give at least one of mse, normalized_mse, cross_entropy, as in {mse: 1}"
-            )
+        if not any(getattr(self, name) for name in type(self).model_fields):
+            names = ", ".join(type(self).model_fields)
+            raise ValueError(f"no term has a weight: give at least one of {names}, as in {{mse: 1}}")
         return self
 
 
 class AttentionTransfer(Stage):
-    """Train new parameters to imitate each layer's softmax attention, all layers at once, the rest frozen."""
+    """Train new parameters to imitate each layer's softmax attention, all layers at once, the rest frozen.
+
+    branch: what imitates it, both branches as the mixer mixes them, or the linear one alone over all keys.
+    """
 
     kind: Literal["attention_transfer"] = "attention_transfer"
     loss: TransferLoss = TransferLoss(normalized_mse=1.0)
     trains: list[Part] = Field(["mixer"], min_length=1)
+    branch: Literal["linear", "both"] = "both"
 
 
 class LanguageLoss(Config):
-    """Weights of the terms of a language model's loss; at least one is not zero.
+    """Weights of the terms of a language model's loss; at least one is not zero. Both are means per token.
 
-    cross_entropy: of the next token. kl: KL(teacher ‖ student) of its distribution, where the teacher is the softmax
-    model. Both are means per token.
+    cross_entropy: of the next token. kl: how far its distribution is from that of the softmax model.
+    divergence, temperature, top_k: of the latter, see `surgery.training.distillation.distillation_loss`.
     """
 
     cross_entropy: NonNegativeFloat = 0.0
     kl: NonNegativeFloat = 0.0
+    divergence: Literal["kl", "reverse_kl", "js"] = "kl"
+    temperature: PositiveFloat = 1.0
+    top_k: PositiveInt | None = None
 
     @model_validator(mode="after")
     def _some_term(self) -> LanguageLoss:
         if not (self.cross_entropy or self.kl):
             raise ValueError("no term has a weight: give at least one of cross_entropy, kl, as in {cross_entropy: 1}")
+        if self.top_k is not None and self.divergence != "kl":
+            raise ValueError(
+                f"top_k leaves the teacher no weight elsewhere, which {self.divergence} cannot compare with"
+            )
         return self
 
 

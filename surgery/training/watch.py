@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from ..callbacks import BranchMonitor
 from ..errors import SurgeryError
 from .module import HealingModule
 
@@ -37,8 +38,8 @@ class Validation(StepCallback):
     Not lightning's own loop: what a schedule learns here must be in the checkpoint written after the same step.
     """
 
-    def __init__(self, rows: Tensor, every: int) -> None:
-        self.rows, self.every = rows, every
+    def __init__(self, batches: Iterable[dict[str, Tensor]], every: int) -> None:
+        self.batches, self.every = batches, every
         self.history: list[tuple[int, float]] = []
 
     def after_step(self, trainer: Trainer, module: HealingModule, step: int) -> None:
@@ -53,13 +54,15 @@ class Validation(StepCallback):
     @torch.no_grad()
     def loss(self, module: HealingModule) -> float:
         """Mean over all rows."""
-        total, training = 0.0, module.model.training
+        total, rows, training = 0.0, 0, module.model.training
         module.model.eval()
-        for batch in self.rows.split(module.stage.batch_size):
+        for batch in self.batches:
+            batch = module.transfer_batch_to_device(batch, module.device, 0)
             with module.trainer.precision_plugin.forward_context():
-                total += float(module.validation_loss(batch.to(module.device))) * len(batch)
+                total += float(module.validation_loss(batch)) * len(batch["ids"])
+            rows += len(batch["ids"])
         module.model.train(training)
-        return total / len(self.rows)
+        return total / rows
 
     def state_dict(self) -> dict[str, Any]:
         return {"history": self.history}
@@ -92,8 +95,15 @@ class Watch(StepCallback):
     miss the step's metrics.
     """
 
-    def __init__(self, validation: Validation, say: Callable[[str], None] | None, every: int, lines: int = 20) -> None:
-        self.validation, self.say, self.every, self.lines = validation, say, every, lines
+    def __init__(
+        self,
+        validation: Validation,
+        say: Callable[[str], None] | None,
+        every: int,
+        lines: int = 20,
+        monitor: BranchMonitor | None = None,
+    ) -> None:
+        self.validation, self.say, self.every, self.lines, self.monitor = validation, say, every, lines, monitor
         self._began, self._first = 0.0, 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -113,11 +123,15 @@ class Watch(StepCallback):
                 "its grad_clip"
             )
         stage = module.stage
-        tokens = (step - self._first) * stage.batch_size * stage.accumulate * trainer.world_size * module.rows.shape[1]
-        speed = tokens / max(time.monotonic() - self._began, 1e-9)
+        rows = (step - self._first) * stage.batch_size * stage.accumulate * trainer.world_size
+        speed = rows * stage.sequence_length / max(time.monotonic() - self._began, 1e-9)
         values = {name: loss, "lr": trainer.optimizers[0].param_groups[0]["lr"], "tokens_per_second": speed}
+        if validated is not None:
+            values["val_loss"] = validated
+        if self.monitor is not None and self.monitor.history and self.monitor.history[-1][0] == step:
+            values |= {f"branches/{key}": value for key, value in self.monitor.history[-1][1].items()}
         for logger in trainer.loggers:
-            logger.log_metrics(values if validated is None else {**values, "val_loss": validated}, step)
+            logger.log_metrics(values, step)
         if self.say is not None and speaks and trainer.is_global_zero:
             tail = f"  val_loss {history[-1][1]:.4f}" if history else ""
             self.say(f"  step {step}/{module.steps}  {name} {loss:.4f}{tail}  {speed:,.0f} tokens/s")

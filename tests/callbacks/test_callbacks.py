@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import healing
 import lightning
 import pytest
 import torch
 import zoo
+from healing import LENGTH, Module, same
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 import surgery
 from surgery import adapters
@@ -15,44 +16,20 @@ from surgery.callbacks import AttentionTransfer, LoRAUnfreezing, TemperatureCool
 from surgery.callbacks.lora_unfreezing import ADAPTER
 from surgery.patchers.sites import projections
 
-TRANSFER, LANGUAGE, LENGTH = 4, 5, 20
+TRANSFER, LANGUAGE = 4, 5
 STEPS = TRANSFER + LANGUAGE
 
 
-class Module(lightning.LightningModule):
-    """A user's own: a training step and an optimizer, nothing of ours."""
-
-    def __init__(self, model: nn.Module, as_dict: bool = False, lr: float = 1e-2) -> None:
-        super().__init__()
-        self.net, self.as_dict, self.lr = model, as_dict, lr
-
-    def training_step(self, batch: Tensor, index: int):
-        loss = self.net(input_ids=batch, labels=batch).loss
-        return {"loss": loss, "more": 1} if self.as_dict else loss
-
-    def configure_optimizers(self):
-        return torch.optim.AdamW(self.parameters(), lr=self.lr, weight_decay=0.0)
-
-
 def model(family: str = "llama") -> nn.Module:
-    return zoo.convert(zoo.build(family), "llama/logmass", window=4).train()
+    return healing.model(family)
 
 
 def rows(count: int = STEPS) -> list[Tensor]:
-    return [zoo.tokens(2, LENGTH, seed=i) for i in range(count)]
+    return healing.rows(count)
 
 
 def fit(module: nn.Module, callbacks: list, batches: list[Tensor], steps: int = STEPS, **kwargs) -> lightning.Trainer:
-    settings = dict(
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer = lightning.Trainer(max_steps=steps, callbacks=callbacks, **{**settings, **kwargs})
-    trainer.fit(module, DataLoader(batches, batch_size=None))
-    return trainer
+    return healing.fit(module, callbacks, batches, steps, **kwargs)
 
 
 def by_hand(network: nn.Module, batches: list[Tensor]) -> None:
@@ -92,11 +69,6 @@ def three() -> list:
         LoRAUnfreezing(start=TRANSFER, rank=2, alpha=4, trains=["mix"]),
         TemperatureCooldown(0.5),
     ]
-
-
-def same(found: nn.Module, expected: nn.Module, tolerance: float = 1e-6) -> bool:
-    found, expected = found.state_dict(), expected.state_dict()
-    return found.keys() == expected.keys() and all((found[k] - expected[k]).abs().max() <= tolerance for k in expected)
 
 
 @pytest.mark.parametrize("as_dict", [False, True], ids=["tensor", "dict"])

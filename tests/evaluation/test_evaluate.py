@@ -24,7 +24,7 @@ from surgery.evaluation.provenance import source
 from surgery.evaluation.recall import twice
 from surgery.evaluation.result import position_buckets, stderr
 from surgery.kernels.state import split_state
-from surgery.training.text import read_corpora, windows
+from surgery.training.data.tokens import read_corpora, windows
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = Path(find_spec("surgery").submodule_search_locations[0]) / "demo"
