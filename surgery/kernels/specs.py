@@ -29,7 +29,7 @@ class Window(NamedTuple):
     """Which keys a query attends to exactly. Ranks count the tokens of a document.
 
     sliding: rank i sees rank j if i - j < size. terraced: if j // size >= i // size - 1, that is, its own block and the
-    whole block before. The first `sinks` ranks are always seen.
+    whole block before. The first `sinks` ranks are always seen. In `hybrid_attention` a sliding size may be 0.
     """
 
     size: int
@@ -44,7 +44,7 @@ class Window(NamedTuple):
 
     @property
     def ring(self) -> int:
-        """Keys before a query that may be in its window, and are therefore kept."""
+        """R: the keys before a query that may be in its window are kept, that of rank r in slot r % R of a ring."""
         return self.size if self.layout == "sliding" else 2 * self.size
 
 

@@ -37,7 +37,8 @@ def balance(mix: Joint | LogMass, scores: Tensor, mass: Tensor, a: Tensor | None
     """
     largest = scores.amax(-1, True)
     if isinstance(mix, Joint):
-        # the largest score scales one side only, so its gradient counts
+        # the largest score scales one side only, so its gradient counts; a window of size 0 has none
+        largest = largest.masked_fill(largest == float("-inf"), 0)
         return mix.factor.to(scores.dtype)[:, None, None] * (scores - largest).exp(), 1.0
     assert a is not None
     # a unit shared by both sides cancels in the output; with the mass in it, the sum is one even if one side is empty

@@ -1,4 +1,7 @@
-"""The exact keys a window keeps from call to call: a ring of the last ones, and the sinks."""
+"""The exact keys a window keeps from call to call: a ring of the last ones, and the sinks.
+
+The key of rank r is kept in slot r % R. A call lines the ring up, oldest key first, and bends it again at the end.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +17,8 @@ from .tiles import Tiles
 class Ring(NamedTuple):
     """What the state kept, then what is new, under the names of the state.
 
-    ring: ring_k, ring_v and maybe ring_linear_k, [B, R + T, H_kv, D]. sinks: sink_k, sink_v, [B, s + T, H_kv, D], or
-    nothing. dtype: that of the kept keys and values.
+    ring: ring_k, ring_v and maybe ring_linear_k, [B, R + T, H_kv, D], oldest first. sinks: sink_k, sink_v,
+    [B, s + T, H_kv, D], or nothing. dtype: that of the kept keys and values.
     """
 
     window: Window
@@ -29,8 +32,8 @@ class Ring(NamedTuple):
         ends = {"sink_k": k, "sink_v": v} if window.sinks else {}
         return cls(
             window,
-            {name: joined(state, name, x, window.ring) for name, x in new.items()},
-            {name: joined(state, name, x, window.sinks) for name, x in ends.items()},
+            {name: joined(ring_in_order(state, name), x, window.ring) for name, x in new.items()},
+            {name: joined(None if state is None else state[name], x, window.sinks) for name, x in ends.items()},
             torch.promote_types(k.dtype, v.dtype) if state is None else state["ring_v"].dtype,
         )
 
@@ -51,11 +54,21 @@ def ring_tiles(
     return Tiles.cut(q.shape[1], window.ring, carried, lengths, segments, q.device)
 
 
-def joined(state: State | None, name: str, new: Tensor, size: int) -> Tensor:
-    """[B, size + T, H, D]: what the state kept under `name` (nothing: zeros), then the new."""
-    if state is None:
+def ring_in_order(state: State | None, name: str) -> Tensor | None:
+    """What the state kept under `name`, oldest first: [B, R, H, D]."""
+    if state is None or not state[name].shape[1]:
+        return None if state is None else state[name]
+    size = state[name].shape[1]
+    # the oldest key lies where the next one will
+    slots = state["seen"][:, None] + torch.arange(size, device=state["seen"].device)
+    return take(state[name], slots % size)
+
+
+def joined(kept: Tensor | None, new: Tensor, size: int) -> Tensor:
+    """[B, size + T, H, D]: what was kept (nothing: zeros), then the new."""
+    if kept is None:
         return torch.cat([new.new_zeros(new.shape[0], size, *new.shape[2:]), new], 1)
-    return torch.cat([state[name].to(new.dtype), new], 1)
+    return torch.cat([kept.to(new.dtype), new], 1)
 
 
 def take(x: Tensor, index: Tensor) -> Tensor:
@@ -75,10 +88,16 @@ def sinks_at(source: Tensor, start: Tensor, sinks: int) -> Tensor:
 
 
 def last_keys(tiles: Tiles, x: Tensor) -> Tensor:
-    """The last R keys of each row's last document, zeros where it has fewer: [B, R + T, H, D] -> [B, R, H, D]."""
-    index = tiles.length + torch.arange(tiles.ring, device=x.device)
-    kept = index - tiles.ring >= tiles.end
-    return take(x, index).where(kept[..., None, None], 0)
+    """The last R keys of each row's last document, that of rank r in slot r % R, zeros where it has fewer.
+
+    [B, R + T, H, D] -> [B, R, H, D].
+    """
+    if not tiles.ring:
+        return x[:, :0]
+    slot, last = torch.arange(tiles.ring, device=x.device), tiles.length - tiles.end - 1
+    rank = last - (last - slot) % tiles.ring
+    index = (rank + tiles.end + tiles.ring).clamp(min=0)
+    return take(x, index).where((rank >= 0)[..., None, None], 0)
 
 
 def first_keys(tiles: Tiles, source: Tensor, sinks: int) -> Tensor:

@@ -35,7 +35,7 @@ def attention_cross_entropy(
     """See the reference."""
     q, k, seen_q, seen_k = real(lengths, q, k, q if linear_q is None else linear_q, k if linear_k is None else linear_k)
     tokens = q.shape[1]
-    rank = _ranks(tokens, segments, q.device)
+    rank = ranks(tokens, segments, q.device)
     log_factor = mix.factor.log() if isinstance(mix, Joint) else None
     log_q = log_k = None
     if isinstance(mix, LogMass):
@@ -71,7 +71,7 @@ def attention_cross_entropy(
     return loss
 
 
-def _ranks(tokens: int, segments: Tensor | None, device: torch.device) -> tuple[Tensor, Tensor]:
+def ranks(tokens: int, segments: Tensor | None, device: torch.device) -> tuple[Tensor, Tensor]:
     """[B or 1, T], twice: where each token's document starts, and its rank there."""
     position = torch.arange(tokens, device=device).unsqueeze(0)
     if segments is None:

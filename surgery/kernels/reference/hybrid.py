@@ -33,6 +33,7 @@ def balance(mix: Joint | LogMass, q: Tensor, s: Tensor, u: Tensor) -> tuple[Tens
     one number per head that keeps them finite."""
     largest = s.amax(-1)
     if isinstance(mix, Joint):
+        largest = largest.masked_fill(largest == float("-inf"), 0)
         return mix.factor.unsqueeze(-1) * (s - largest.unsqueeze(-1)).exp(), torch.ones_like(u)
     a = (precise(q) * mix.q_weight).sum(-1) + mix.q_bias
     unit = torch.maximum(largest, a + u.clamp(min=0).log()).detach()
@@ -94,7 +95,10 @@ def hybrid_attention(
                 u = torch.einsum("hgf,nhf->hgn", query, key_features(features_k, mix, linear)).flatten(0, 1)
                 far_v, far = far_v + mixed(u, linear), far + u.sum(-1)
 
-            w, factor = balance(mix, seen_q[b, t], scores(q[b, t], exact, scaling, softcap), far)
+            # a window of size 0 has no exact key: any, with no weight, stands for it
+            s = scores(q[b, t], exact or [key], scaling, softcap)
+            s, exact = s if exact else s.new_full(s.shape, float("-inf")), exact or [key]
+            w, factor = balance(mix, seen_q[b, t], s, far)
             total = w.sum(-1) + factor * far
             outputs[t] = (mixed(w, exact) + factor.unsqueeze(-1) * far_v) / total.unsqueeze(-1)
 

@@ -33,9 +33,8 @@ class Ring:
         ring.seen = int(state["seen"][row])
         k, v = state["ring_k"][row], state["ring_v"][row]
         linear_k = state.get("ring_linear_k", state["ring_k"])[row]
-        ring.last = [
-            Key(k[i], v[i], linear_k[i]) for i in range(window.ring - min(ring.seen, window.ring), window.ring)
-        ]
+        slots = [rank % window.ring for rank in range(max(0, ring.seen - window.ring), ring.seen)]
+        ring.last = [Key(k[i], v[i], linear_k[i]) for i in slots]
         for i in range(min(ring.seen, window.sinks)):
             # a sink is never linear: its last field is not used
             ring.sinks.append(Key(state["sink_k"][row, i], state["sink_v"][row, i], state["sink_k"][row, i]))
@@ -63,13 +62,19 @@ class Ring:
         return leaving if rank >= self.window.sinks else None
 
     def state(self, like: Key, linear_k: bool = False) -> State:
-        """The tensors [R or s, H_kv, D], zeros where there is nothing. like: any key, for its shapes."""
+        """The tensors [R or s, H_kv, D], zeros where there is nothing. like: any key, for its shapes.
+
+        The key of rank r lies in slot r % R, where it stays until that of rank r + R takes its place.
+        """
         blank = Key(*(torch.zeros_like(x) for x in like))
-        last = [blank] * (self.window.ring - len(self.last)) + self.last
+        last = [blank] * self.window.ring
+        for rank, key in enumerate(self.last, self.seen - len(self.last)):
+            last[rank % self.window.ring] = key
         sinks = self.sinks + [blank] * (self.window.sinks - len(self.sinks))
-        state = {"ring_k": torch.stack([x.k for x in last]), "ring_v": torch.stack([x.v for x in last])}
+        kept = {"ring_k": [x.k for x in last], "ring_v": [x.v for x in last]}
         if linear_k:
-            state["ring_linear_k"] = torch.stack([x.linear_k for x in last])
+            kept["ring_linear_k"] = [x.linear_k for x in last]
+        state = {name: torch.stack(x) if x else like.k.new_zeros(0, *like.k.shape) for name, x in kept.items()}
         if sinks:
             state |= {"sink_k": torch.stack([x.k for x in sinks]), "sink_v": torch.stack([x.v for x in sinks])}
         return state | {"seen": torch.tensor(self.seen, device=like.k.device)}

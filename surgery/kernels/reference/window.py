@@ -43,8 +43,9 @@ def window_attention(
 
     q: [B, T, H, D]; k: [B, T, H_kv, D]; v: [B, T, H_kv, D_v]. `Window` says what W(i) is.
     softcap: scores are s = softcap·tanh(s / softcap); None: as they are.
-    state: ring_k, ring_v [B, R, H_kv, D], the last keys of the document, oldest first, zeros where there were fewer;
-    sink_k, sink_v [B, s, H_kv, D], its first keys; seen [B] int64, how many keys it had. In the dtype of k and v.
+    state: ring_k, ring_v [B, R, H_kv, D], the last R keys of the document, that of rank r in slot r % R, zeros where
+    there were fewer; sink_k, sink_v [B, s, H_kv, D], its first keys; seen [B] int64, how many keys it had. In the dtype
+    of k and v.
     lengths, segments and what is returned: as in `linear_attention`.
     """
     rows, states = [], []

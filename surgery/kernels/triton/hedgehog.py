@@ -256,11 +256,11 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 
 
 def _chain(ctx: Any, dphi: Tensor | None, dmass: Tensor | None) -> tuple[Any, ...]:
-    x, weight, bias, mass_weight, mass_bias = ctx.saved_tensors
+    x, weight, bias, mass_weight, mass_bias = ctx.saved_tensors  # once: checkpointing recomputes them at each look
     queries = mass_weight is not None and not ctx.keys
     dphi = x.new_zeros((*x.shape[:2], weight.shape[0], 2 * weight.shape[2])) if dphi is None else dphi
     dmass = x.new_zeros(dphi.shape[:3], dtype=torch.float32) if queries and dmass is None else dmass
-    found = _backward(dphi, dmass if queries else None, *ctx.saved_tensors, ctx.keys)
+    found = _backward(dphi, dmass if queries else None, x, weight, bias, mass_weight, mass_bias, ctx.keys)
     return *(g if wanted else None for g, wanted in zip(found, ctx.needs_input_grad, strict=False)), None
 
 
