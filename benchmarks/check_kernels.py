@@ -16,19 +16,24 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from surgery.kernels.triton import sweeps
+from surgery.kernels.triton import channel_gradients, channel_sweeps, sweeps
+from surgery.kernels.triton.channel import Call
 from surgery.kernels.triton.configs import GATE_GRADIENT, NORMALIZED, PLAIN, config, padded
 
 # bytes of shared memory a program may have
 SHARED = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}
-POINTERS = {"gate_ptr": "*fp32", "document_ptr": "*i32", "states_ptr": "*bf16"}
+POINTERS = {"gate_ptr": "*fp32", "document_ptr": "*i32", "states_ptr": "*bf16", "start_ptr": "*i32", "far_ptr": "*i32"}
 SINGLE = ("S_ptr", "z_ptr", "mass_ptr", "S_after_ptr", "z_after_ptr", "excess_ptr", "factor_ptr", "dgate_ptr", "zs_ptr")
-SINGLE += ("dS_after_ptr", "dz_after_ptr", "dS_ptr", "dz_ptr")
-SCALARS = {"T": "i32", "scale": "fp32", "eps": "fp32", "stride_a": "i32", "stride_x": "i32"}
+SINGLE += ("dS_after_ptr", "dz_after_ptr", "dS_ptr", "dz_ptr", "total_ptr", "dzs_ptr", "S_end_ptr", "z_end_ptr")
+SCALARS = {"scale": "fp32", "eps": "fp32"}
+SCALARS |= dict.fromkeys(("T", "stride_a", "stride_x", "every", "parts", "chunks_each", "span"), "i32")
+CHANNEL = 3
+"""A gate per channel, among the kinds that --gate takes."""
 
 
 class Variant(NamedTuple):
@@ -63,6 +68,31 @@ def variants(features: int, columns: int, groups: int, gate: int, normalize: boo
         some |= {"DZ_AFTER": keys and normalize, "DS": not keys, "DZ": keys and normalize}
         some |= {"GATE_GRADIENT": keys and gate > 0}
         yield Variant(name, sweeps.key_sweep, {**heads, **flags, **sizes, **some}, options)
+
+
+def channel_variants(features: int, columns: int, groups: int, normalize: bool) -> Iterator[Variant]:
+    """The same of the kernels with a gate per channel. What is far is rare: those kernels may spill."""
+    heads = {"q": 8 * groups, "k": 8, "v": 8}
+    sizes = {n: (1, 64, h, columns if n == "v" else features) for n, h in heads.items()}
+    q, k, v = (torch.empty(size, dtype=torch.bfloat16, device="meta") for size in sizes.values())
+    call = Call(q, k, v, k.float(), torch.empty(1, 64, dtype=torch.int32, device="meta"), normalize)
+    forward = {"H_X": 8, "H_W": 8, "REVERSE": False, "CARRIED": True, "ENDS": False}
+    backward = {"H_X": 8 * groups, "H_W": 8 * groups, "REVERSE": True, "CARRIED": True, "ENDS": True}
+    tile = call.tile("keys and queries")
+    each = {"EACH": triton.cdiv(features, tile.channels) if groups == 1 else 1, "GATE": True}
+    for name, kernel, row, more in (
+        ("S", channel_sweeps.state_sweep, "states", forward),
+        ("y", channel_sweeps.output_sweep, "outputs", {"CARRIED": True}),
+        ("dS", channel_sweeps.state_sweep, "states", backward),
+        ("dqk", channel_gradients.key_query_gradients, "keys and queries", each),
+        ("dv", channel_gradients.value_gradients, "values", {}),
+        ("far y", channel_sweeps.far_outputs, "outputs", {}),
+        ("far dqk", channel_gradients.far_key_query_gradients, "keys and queries", {"GATE": True}),
+        ("far dv", channel_gradients.far_value_gradients, "values", {}),
+    ):
+        told = call.told(kernel, call.tile(row), **{**more, "INTERPRET": False})
+        options = {n: told.pop(n) for n in ("num_warps", "num_stages")}
+        yield Variant(name, kernel, told, options)
 
 
 def compiled(variant: Variant, arch: int, dtype: str) -> Any:
@@ -102,7 +132,7 @@ def check(variant: Variant, arch: int, dtype: str, allowed: int = 0) -> tuple[st
     product = "wgmma" if "wgmma.mma_async" in ptx else "mma" if "mma.sync" in ptx else "none"
     shared = kernel.metadata.shared
     wrong = []
-    if spills > allowed:
+    if spills > allowed and not variant.sweep.startswith("far"):
         wrong.append(f"{spills} bytes spilled")
     if shared > SHARED[arch]:
         wrong.append("too much shared memory")
@@ -110,6 +140,12 @@ def check(variant: Variant, arch: int, dtype: str, allowed: int = 0) -> tuple[st
         wrong.append(f"products by {product}")
     line = f"{registers:9d} {spills:6d} {shared / 1024:6.0f} {product:>6}"
     return line, wrong
+
+
+def found(features: int, columns: int, groups: int, gate: int, normalize: bool) -> Iterator[Variant]:
+    if gate == CHANNEL:
+        return channel_variants(features, columns, groups, normalize)
+    return variants(features, columns, groups, gate, normalize)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -120,7 +156,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--square", action="store_true", help="only as many features as columns")
     parser.add_argument("--dtype", nargs="*", default=["bf16", "fp16"])
     parser.add_argument("--group", type=int, nargs="*", default=[1, 4], help="query heads that share a state")
-    parser.add_argument("--gate", type=int, nargs="*", default=[0, 1, 2], help="0 none, 1 fixed, 2 per token")
+    parser.add_argument(
+        "--gate", type=int, nargs="*", default=[0, 1, 2, 3], help="0 none, 1 fixed, 2 scalar, 3 channel"
+    )
     parser.add_argument("--spills", type=int, default=0, help="bytes that may spill, stores and loads together")
     parser.add_argument("--plain", action="store_true", help="leave normalised attention out")
     chosen = parser.parse_args(arguments)
@@ -135,7 +173,7 @@ def main(arguments: list[str] | None = None) -> int:
                     for group in chosen.group:
                         for gate in chosen.gate:
                             for normalize in (False,) if chosen.plain else (False, True):
-                                for v in variants(features, dim, group, gate, normalize):
+                                for v in found(features, dim, group, gate, normalize):
                                     line, wrong = check(v, arch, dtype, chosen.spills)
                                     c = v.constants
                                     cut = c.get("X", c.get("D" if v.sweep == "y" else "F"))

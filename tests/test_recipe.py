@@ -126,7 +126,10 @@ def test_sources_agree():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("lama/lolcats", "no recipe named 'lama/lolcats'; did you mean 'llama/lolcats'? `surgery recipes` lists all 12"),
+        (
+            "lama/lolcats",
+            "no recipe named 'lama/lolcats'; did you mean 'llama/lolcats'? `surgery recipes` lists all 12",
+        ),
         (
             "liger-gla",
             "no recipe named 'liger-gla'; did you mean 'llama/liger-gla' or 'mistral/liger-gla'? "

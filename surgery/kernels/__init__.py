@@ -20,7 +20,12 @@ window_attention = Op(
 hybrid_attention = Op(
     reference.hybrid_attention, chunked.hybrid_attention, examples.hybrid, in_triton("hybrid_attention")
 )
-attention_cross_entropy = Op(reference.attention_cross_entropy, chunked.attention_cross_entropy, examples.transfer)
+attention_cross_entropy = Op(
+    reference.attention_cross_entropy,
+    chunked.attention_cross_entropy,
+    examples.transfer,
+    in_triton("attention_cross_entropy"),
+)
 
 OPS = {
     op.name: op

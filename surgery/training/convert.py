@@ -243,12 +243,14 @@ def _fit(trainer: Trainer, module: HealingModule, data: HealingData, checkpoint:
     """Train to the end of the stage, from its checkpoint if there is one."""
     network = module.model
     network.train()
-    if options.checkpointing:
+    # attention transfer has no backward through the network, and would keep every layer's graph alive
+    checkpointing = options.checkpointing and module.transfer is None
+    if checkpointing:
         network.gradient_checkpointing_enable({"use_reentrant": False})
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*have no `validation_step`.*")  # see `Validation`
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint if checkpoint.exists() else None, weights_only=True)
-    if options.checkpointing:
+    if checkpointing:
         network.gradient_checkpointing_disable()
     network.eval()
     if trainer.global_step < module.steps:

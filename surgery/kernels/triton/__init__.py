@@ -1,9 +1,11 @@
 """The operations as Triton kernels; nothing outside this folder imports triton.
 
-Calls that no kernel covers (fp64, a gate per channel, more than 256 features) run chunked.
+Calls that no kernel covers (fp64, more than 256 features, on a GPU gates per channel) run chunked.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 from torch import Tensor
 from torch.nn import functional
@@ -12,10 +14,20 @@ from .. import chunked
 from .. import features as maps
 from ..chunked.tiles import real
 from ..specs import Features, State
+from .channel import channel_attention
 from .decay import INTERPRET, WIDEST, decay_attention
 from .hybrid import hybrid_attention, window_attention
+from .transfer import attention_cross_entropy
 
-__all__ = ["decay_attention", "gated_linear_attention", "hybrid_attention", "linear_attention", "window_attention"]
+__all__ = [
+    "attention_cross_entropy",
+    "channel_attention",
+    "decay_attention",
+    "gated_linear_attention",
+    "hybrid_attention",
+    "linear_attention",
+    "window_attention",
+]
 
 
 def linear_attention(
@@ -100,8 +112,10 @@ def _attention(
     return_state: bool,
 ) -> tuple[Tensor, State | None] | None:
     """The call by kernels, None if they do not cover it."""
-    if q.dtype.itemsize > 4 or v.shape[-1] > WIDEST or (gate is not None and gate.ndim == 4):
+    if q.dtype.itemsize > 4 or v.shape[-1] > WIDEST:
         return None
+    if gate is not None and gate.ndim == 4 and not INTERPRET:
+        return None  # right in the interpreter, but gradients are wrong as Triton 3.6 compiles them for sm_90
     if q.device.type == "cpu" and not INTERPRET:
         raise RuntimeError(
             "The backend 'triton' needs tensors on a GPU, or TRITON_INTERPRET=1 before triton is imported."
@@ -119,18 +133,19 @@ def _attention(
     if segments is not None:
         (opens,) = real(lengths, functional.pad(segments[:, 1:] != segments[:, :-1], (1, 0)))
         documents = opens.cumsum(1)
-    y, S, z = decay_attention(
-        phi_q.to(q.dtype),
-        phi_k.to(q.dtype),
-        v.to(q.dtype),
-        log_decay=gate,
-        scale=scale,
-        normalize=normalize,
-        eps=eps,
-        S=None if state is None else state["S"],
-        z=state["z"] if state is not None and normalize else None,
-        documents=documents,
-    )
+    tensors = phi_q.to(q.dtype), phi_k.to(q.dtype), v.to(q.dtype)
+    options: dict[str, Any] = {
+        "scale": scale,
+        "normalize": normalize,
+        "eps": eps,
+        "S": None if state is None else state["S"],
+        "z": state["z"] if state is not None and normalize else None,
+        "documents": documents,
+    }
+    if gate is not None and gate.ndim == 4:
+        y, S, z = channel_attention(*tensors, log_gate=gate, **options)
+    else:
+        y, S, z = decay_attention(*tensors, log_decay=gate, **options)
     if not return_state:
         return y, None
     return y, {"S": S} if z is None else {"S": S, "z": z}
