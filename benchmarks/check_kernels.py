@@ -1,7 +1,8 @@
 """Compile the kernels' 16-bit configurations for several GPUs without one: `python -m benchmarks.check_kernels`.
 
 For every sweep prints registers, bytes spilled and shared memory, as the assembler reports them, and fails if any
-spills more than allowed, needs more shared memory than the device has, or does without tensor cores.
+spills more than allowed, needs more shared memory than the device has, does without tensor cores, or multiplies tiles
+of several layouts, of which ptxas 12.8 mixes up the addresses.
 """
 
 from __future__ import annotations
@@ -78,13 +79,11 @@ def channel_variants(features: int, columns: int, groups: int, normalize: bool) 
     call = Call(q, k, v, k.float(), torch.empty(1, 64, dtype=torch.int32, device="meta"), normalize)
     forward = {"H_X": 8, "H_W": 8, "REVERSE": False, "CARRIED": True, "ENDS": False}
     backward = {"H_X": 8 * groups, "H_W": 8 * groups, "REVERSE": True, "CARRIED": True, "ENDS": True}
-    tile = call.tile("keys and queries")
-    each = {"EACH": triton.cdiv(features, tile.channels) if groups == 1 else 1, "GATE": True}
     for name, kernel, row, more in (
         ("S", channel_sweeps.state_sweep, "states", forward),
         ("y", channel_sweeps.output_sweep, "outputs", {"CARRIED": True}),
         ("dS", channel_sweeps.state_sweep, "states", backward),
-        ("dqk", channel_gradients.key_query_gradients, "keys and queries", each),
+        ("dqk", channel_gradients.key_query_gradients, "keys and queries", {"GATE": True}),
         ("dv", channel_gradients.value_gradients, "values", {}),
         ("far y", channel_sweeps.far_outputs, "outputs", {}),
         ("far dqk", channel_gradients.far_key_query_gradients, "keys and queries", {"GATE": True}),
@@ -131,11 +130,15 @@ def check(variant: Variant, arch: int, dtype: str, allowed: int = 0) -> tuple[st
     registers, spills = assembled(ptx, arch)
     product = "wgmma" if "wgmma.mma_async" in ptx else "mma" if "mma.sync" in ptx else "none"
     shared = kernel.metadata.shared
+    # of the operands of products: the highest bits of their descriptors
+    layouts = {int(x) >> 62 & 3 for x in re.findall(r"or\.b64\s+%rd\d+, %rd\d+, (-?\d{10,});", ptx)}
     wrong = []
     if spills > allowed and not variant.sweep.startswith("far"):
         wrong.append(f"{spills} bytes spilled")
     if shared > SHARED[arch]:
         wrong.append("too much shared memory")
+    if len(layouts) > 1:
+        wrong.append("tiles of several layouts")
     if product != ("wgmma" if arch == 90 else "mma"):
         wrong.append(f"products by {product}")
     line = f"{registers:9d} {spills:6d} {shared / 1024:6.0f} {product:>6}"

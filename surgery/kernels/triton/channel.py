@@ -44,8 +44,9 @@ class Call(NamedTuple):
 
     @property
     def reach(self) -> float:
-        """How far a chunk may decay to be cut once. fp16 lacks the range for more, and fp32 would lose precision."""
-        return 110.0 if self.q.dtype == torch.bfloat16 else 8.0
+        """How far a chunk may decay to be cut once: 2^(-2·this). Gradients of states, which are small, are scaled by
+        half of that in bf16; fp16 lacks the range for more, and in fp32 sums would lose precision."""
+        return 64.0 if self.q.dtype == torch.bfloat16 else 8.0
 
     def told(self, kernel: Any, tile: configs.Tile, **more: Any) -> dict[str, Any]:
         """What a kernel asks for by name, and its launch options."""
@@ -74,7 +75,7 @@ class Call(NamedTuple):
         return {name: x for name, x in known.items() if name in kernel.arg_names} | options
 
     def tile(self, kernel: str) -> configs.Tile:
-        return configs.tile(kernel, self.q.shape[3], self.v.shape[3], self.bits)
+        return configs.tile(kernel, self.v.shape[3], self.bits)
 
     def totals(self) -> tuple[Tensor, Tensor]:
         """Log2-gates of whole chunks [B, H_s, N, F], and which of these [B, H_s, N] cannot be cut once."""
@@ -228,11 +229,10 @@ def _backward(
     spans = triton.cdiv(call.chunks, SPAN)
     tile = call.tile("keys and queries")
     cuts = triton.cdiv(features, tile.channels)
-    each = cuts if heads == state_heads else 1
-    key_query_gradients[cuts // each * state_heads, call.chunks, batch](
+    key_query_gradients[cuts * state_heads, call.chunks, batch](
         q, k, v, dy, log_gate, totals, far, start, factors, excess, states, zs, dstates, dzs, dq, dk, dlog_gate,
         tokens, scale,
-        **call.told(key_query_gradients, tile, EACH=each, GATE=gate_gradient),
+        **call.told(key_query_gradients, tile, GATE=gate_gradient),
     )  # fmt: skip
     far_key_query_gradients[cuts * spans, state_heads, batch](
         q, k, v, dy, log_gate, far, start, factors, excess, dq, dk, dlog_gate, tokens, SPAN, scale,

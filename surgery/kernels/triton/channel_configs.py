@@ -21,26 +21,23 @@ class Tile(NamedTuple):
     stages: int = 1
 
 
-# 16-bit, by kernel and whether F is more than 64. Chosen for few spills by `make check-kernels`, not yet for speed.
-# where a column's weight is a sum over all of them, programs hold them all
-TABLE: dict[tuple[str, bool], Tile] = {
-    ("states", False): Tile(64, 64, 4, 2),
-    ("states", True): Tile(64, 64, 4, 2),
-    ("outputs", False): Tile(64, 64, 4, 2),
-    ("outputs", True): Tile(32, 64, 4, 2),
-    ("keys and queries", False): Tile(32, 256, 4, 1),
-    ("keys and queries", True): Tile(32, 256, 4, 1),
-    ("values", False): Tile(32, 128, 4, 2),
-    ("values", True): Tile(32, 128, 4, 2),
+# of 16 bits. Chosen for few spills by `make check-kernels`, not yet for speed. No tile is less than 64 wide: it would be
+# laid out otherwise than the others, and ptxas 12.8, which triton 3.6 comes with, mixes up the addresses of such kernels.
+# 256 columns: all, since the weights of pairs are sums over them
+TABLE: dict[str, Tile] = {
+    "states": Tile(64, 64, 4, 2),
+    "outputs": Tile(64, 64, 4, 2),
+    "keys and queries": Tile(64, 256, 4, 1),
+    "values": Tile(64, 128, 4, 2),
 }
 
 
-def tile(kernel: str, features: int, columns: int, bits: int) -> Tile:
-    """The table's row, of fewer channels and columns where there are no more; 32 bits take small tiles."""
-    row = TABLE[kernel, features > 64]
+def tile(kernel: str, columns: int, bits: int) -> Tile:
+    """The table's row, for v of so many columns; 32 bits take small tiles."""
+    row = TABLE[kernel]
     if bits == 32:
-        row = row._replace(channels=16, columns=row.columns if row.columns == 256 else 32)
-    return row._replace(channels=min(padded(features), row.channels), columns=min(padded(columns), row.columns))
+        return Tile(16, padded(columns) if row.columns == 256 else min(padded(columns), 32))
+    return row._replace(columns=min(max(64, padded(columns)), row.columns))
 
 
 def chunk(bits: int) -> int:

@@ -54,17 +54,15 @@ def pair_weights(
     H: tl.constexpr, D_WIDTH: tl.constexpr, C: tl.constexpr, D: tl.constexpr, NORMALIZE: tl.constexpr,
     PRECISION: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """dy; factors and excess of queries; P of the pairs wanted, [query C, key C] and turned; and P of each token's own
-    pair, which decays by nothing."""
+    """P of the pairs wanted, [query C, key C] and turned; and of the token's own pairs, which decay by nothing."""
     same = tl.arange(0, C)[:, None] == tl.arange(0, C)[None, :]
     factor, excess = query_parts(factor_ptr, excess_ptr, row, live, query, scale, H, C, NORMALIZE)
     dy = load_rows(dy_ptr, row, live, query, 0, H, D_WIDTH, C, D, INTERPRET)
     P = (tl.dot(dy, tl.trans(v), input_precision=PRECISION) - excess[:, None]) * factor[:, None]
     own = tl.sum(tl.where(same, P, 0.0), 1)
     P = tl.where(pairs, P, 0.0).to(v.dtype)
-    # computed again: a product in registers is a slow operand once it is turned
     turned = (tl.dot(v, tl.trans(dy), input_precision=PRECISION) - excess[None, :]) * factor[None, :]
-    return dy, factor, excess, P, tl.where(turned_pairs, turned, 0.0).to(v.dtype), own
+    return P, tl.where(turned_pairs, turned, 0.0).to(v.dtype), own
 
 
 @triton.jit(do_not_specialize=["T", "scale"])
@@ -73,90 +71,80 @@ def key_query_gradients(
     dstates_ptr, dzs_ptr, dq_ptr, dk_ptr, dgate_ptr,
     T, scale,
     H: tl.constexpr, H_S: tl.constexpr, H_KV: tl.constexpr, F_WIDTH: tl.constexpr, D_WIDTH: tl.constexpr,
-    C: tl.constexpr, X: tl.constexpr, D: tl.constexpr, EACH: tl.constexpr, DOCUMENTS: tl.constexpr,
-    NORMALIZE: tl.constexpr, GATE: tl.constexpr, SPLIT: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
-    INTERPRET: tl.constexpr,
+    C: tl.constexpr, X: tl.constexpr, D: tl.constexpr, DOCUMENTS: tl.constexpr, NORMALIZE: tl.constexpr,
+    GATE: tl.constexpr, SPLIT: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """dq, dk and, if GATE, those of the log-gates, in EACH times X channels of one head of the state in one chunk per
-    program. With one query head, pairs are weighted once for all of them."""
-    shares: tl.constexpr = (F_WIDTH + EACH * X - 1) // (EACH * X)
-    groups: tl.constexpr = H // H_S
-    share, head = tl.program_id(0) % shares, tl.program_id(0) // shares
+    """dq, dk and, if GATE, those of the log-gates, in X channels of one head of the state in one chunk per program."""
+    cuts: tl.constexpr = (F_WIDTH + X - 1) // X
+    first, head = tl.program_id(0) % cuts * X, tl.program_id(0) // cuts
     n, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     operand = tl.float32 if INTERPRET else q_ptr.dtype.element_ty
     r = tl.arange(0, C)
     row, live = b * T + n * C, T - n * C
     at = (b * H_S + head) * tl.cdiv(T, C) + n
     near = tl.load(far_ptr + at) == 0
-    pairs = (r[:, None] > r[None, :]) & near
-    turned_pairs = (r[:, None] < r[None, :]) & near
+    total = load_line(total_ptr, at, first, F_WIDTH, X)
+    cut, left = where_cut(total, near)
+    grown = tl.exp2(cut)[None, :]
+    dS = load_block(dstates_ptr, at, first, 0, F_WIDTH, D_WIDTH, X, D)
+    S = load_block(states_ptr, at, first, 0, F_WIDTH, D_WIDTH, X, D)
+    across = tl.sum(S * dS, 0)
+    S = (S * grown).to(operand)
+    v = load_rows(v_ptr, row, live, head // (H_S // H_KV), 0, H_KV, D_WIDTH, C, D, INTERPRET)
+    dk = tl.dot(v, (dS * grown).to(operand), input_precision=PRECISION)
+    if NORMALIZE:
+        z, dz = load_line(zs_ptr, at, first, F_WIDTH, X), load_line(dzs_ptr, at, first, F_WIDTH, X)
+        dk += dz[None, :] * grown
+        across += z * dz
+    across *= tl.exp2(total)
+    pairs = (r[:, None] >= r[None, :]) & near
+    turned_pairs = (r[:, None] <= r[None, :]) & near
     if DOCUMENTS:
         starts, last = load_starts(start_ptr, row, live, C, DOCUMENTS)
+        across *= tl.where(last < n * C, 1.0, 0.0)
+        dk = tl.where((n * C + r >= last)[:, None], dk, 0.0)
         pairs = pairs & (n * C + r[None, :] >= starts[:, None])
         turned_pairs = turned_pairs & (n * C + r[:, None] >= starts[None, :])
-    v = load_rows(v_ptr, row, live, head // (H_S // H_KV), 0, H_KV, D_WIDTH, C, D, INTERPRET)
-    if groups == 1:
-        dy, factor, excess, P, turned, own = pair_weights(
-            dy_ptr, factor_ptr, excess_ptr, v, pairs, turned_pairs, row, live, head, scale, H, D_WIDTH, C, D, NORMALIZE,
-            PRECISION, INTERPRET,
-        )  # fmt: skip
-    for i in range(EACH):
-        first = (share * EACH + i) * X
-        gates = load_gates(gate_ptr, row, live, head, first, H_S, F_WIDTH, C, X, EXACT)
-        total = load_line(total_ptr, at, first, F_WIDTH, X)
-        cut, left = where_cut(total, near)
-        grown = tl.exp2(cut)[None, :]
-        read_exponents, exponents = pair_exponents(gates, cut, left, C, SPLIT, EXACT, INTERPRET)
-        dS = load_block(dstates_ptr, at, first, 0, F_WIDTH, D_WIDTH, X, D)
-        S = load_block(states_ptr, at, first, 0, F_WIDTH, D_WIDTH, X, D)
-        across = tl.sum(S * dS, 0)
-        dk = tl.dot(v, (dS * grown).to(operand), input_precision=PRECISION)
-        S = (S * grown).to(operand)
+    gates = load_gates(gate_ptr, row, live, head, first, H_S, F_WIDTH, C, X, EXACT)
+    _, exponents = pair_exponents(gates, cut, left, C, SPLIT, EXACT, INTERPRET)
+    k = load_rows(k_ptr, row, live, head, first, H_S, F_WIDTH, C, X, INTERPRET)
+    k = (k.to(tl.float32) * tl.exp2(exponents)).to(operand)
+    # a gate is crossed by the keys before it: by all, less those from it on. The last key crosses none, and where gates
+    # are strong, all others are small beside it
+    crossing = tl.where((r < tl.minimum(live, C) - 1)[:, None], -k.to(tl.float32) * dk, 0.0)
+    across -= tl.sum(crossing, 0)
+    for g in range(H // H_S):
+        query = head * (H // H_S) + g
+        factor, excess = query_parts(factor_ptr, excess_ptr, row, live, query, scale, H, C, NORMALIZE)
+        dy = load_rows(dy_ptr, row, live, query, 0, H, D_WIDTH, C, D, INTERPRET)
+        P = (tl.dot(dy, tl.trans(v), input_precision=PRECISION) - excess[:, None]) * factor[:, None]
+        P = tl.where(pairs, P, 0.0).to(operand)
+        dq = tl.dot(dy, S, input_precision=PRECISION)
         if NORMALIZE:
-            z, dz = load_line(zs_ptr, at, first, F_WIDTH, X), load_line(dzs_ptr, at, first, F_WIDTH, X)
-            dk += dz[None, :] * grown
-            across += z * dz
-        across *= tl.exp2(total)
+            dq -= excess[:, None] * (z[None, :] * grown)
         if DOCUMENTS:
-            across *= tl.where(last < n * C, 1.0, 0.0)
-            dk = tl.where((n * C + r >= last)[:, None], dk, 0.0)
-        k = load_rows(k_ptr, row, live, head, first, H_S, F_WIDTH, C, X, INTERPRET)
-        key = (k.to(tl.float32) * tl.exp2(exponents)).to(operand)
-        # a gate is crossed by the keys before it: by all, less those from it on. The last key crosses none, and where
-        # gates are strong, all others are small beside it
-        crossing = tl.where((r < tl.minimum(live, C) - 1)[:, None], -key.to(tl.float32) * dk, 0.0)
-        across -= tl.sum(crossing, 0)
-        dk_own = tl.zeros([C, X], tl.float32)
-        for g in range(groups):
-            query = head * groups + g
-            if groups > 1:
-                dy, factor, excess, P, turned, own = pair_weights(
-                    dy_ptr, factor_ptr, excess_ptr, v, pairs, turned_pairs, row, live, query, scale, H, D_WIDTH, C, D,
-                    NORMALIZE, PRECISION, INTERPRET,
-                )  # fmt: skip
-            dq = tl.dot(dy, S, input_precision=PRECISION)
-            if NORMALIZE:
-                dq -= excess[:, None] * (z[None, :] * grown)
-            if DOCUMENTS:
-                dq = tl.where((starts < n * C)[:, None], dq, 0.0)
-            dq = tl.dot(P, key, dq * factor[:, None], input_precision=PRECISION)
-            q = load_rows(q_ptr, row, live, query, first, H, F_WIDTH, C, X, INTERPRET)
-            query_factor = tl.exp2(read_exponents)
-            read = (q.to(tl.float32) * query_factor).to(operand)
-            crossing += read.to(tl.float32) * dq
-            dq = dq * query_factor + own[:, None] * k.to(tl.float32)
-            store_rows(dq_ptr, dq, row, live, query, first, H, F_WIDTH, C, X)
-            part = tl.dot(turned, read, input_precision=PRECISION)
-            crossing -= key.to(tl.float32) * part
-            dk += part
-            dk_own += own[:, None] * q.to(tl.float32)
-        # recomputed rather than kept
+            dq = tl.where((starts < n * C)[:, None], dq, 0.0)
+        dq = tl.dot(P, k, dq * factor[:, None], input_precision=PRECISION)
+        # exponents are found again where they are used: registers are scarce
         gates = load_gates(gate_ptr, row, live, head, first, H_S, F_WIDTH, C, X, EXACT)
-        _, exponents = pair_exponents(gates, cut, left, C, SPLIT, EXACT, INTERPRET)
-        store_rows(dk_ptr, dk * tl.exp2(exponents) + dk_own, row, live, head, first, H_S, F_WIDTH, C, X)
-        if GATE:
-            dgate = across[None, :] + sums(since(C), crossing, True, EXACT, INTERPRET)
-            store_rows(dgate_ptr, dgate, row, live, head, first, H_S, F_WIDTH, C, X)
+        exponents, _ = pair_exponents(gates, cut, left, C, SPLIT, EXACT, INTERPRET)
+        exponents = tl.exp2(exponents)
+        q = load_rows(q_ptr, row, live, query, first, H, F_WIDTH, C, X, INTERPRET)
+        q = (q.to(tl.float32) * exponents).to(operand)
+        crossing += q.to(tl.float32) * dq
+        store_rows(dq_ptr, dq * exponents, row, live, query, first, H, F_WIDTH, C, X)
+        # so is the transpose: that of a product in registers would be a slow operand
+        P = (tl.dot(v, tl.trans(dy), input_precision=PRECISION) - excess[None, :]) * factor[None, :]
+        P = tl.where(turned_pairs, P, 0.0).to(operand)
+        dq = tl.dot(P, q, input_precision=PRECISION)
+        crossing -= k.to(tl.float32) * dq
+        dk += dq
+    gates = load_gates(gate_ptr, row, live, head, first, H_S, F_WIDTH, C, X, EXACT)
+    _, exponents = pair_exponents(gates, cut, left, C, SPLIT, EXACT, INTERPRET)
+    store_rows(dk_ptr, dk * tl.exp2(exponents), row, live, head, first, H_S, F_WIDTH, C, X)
+    if GATE:
+        dgate = across[None, :] + sums(since(C), crossing, True, EXACT, INTERPRET)
+        store_rows(dgate_ptr, dgate, row, live, head, first, H_S, F_WIDTH, C, X)
 
 
 @triton.jit(do_not_specialize=["T", "scale"])
@@ -243,12 +231,14 @@ def far_key_query_gradients(
             crossing = tl.zeros([C, X], tl.float32)
             for g in range(H // H_S):
                 query = head * (H // H_S) + g
-                _, _, _, P, turned, _ = pair_weights(
+                P, turned, own = pair_weights(
                     dy_ptr, factor_ptr, excess_ptr, v, pairs, turned_pairs, row, live, query, scale, H, D_WIDTH, C, D,
                     NORMALIZE, PRECISION, INTERPRET,
                 )  # fmt: skip
                 q = load_rows(q_ptr, row, live, query, first, H, F_WIDTH, C, X, INTERPRET)
                 dq = load_rows(dq_ptr, row, live, query, first, H, F_WIDTH, C, X, INTERPRET).to(tl.float32)
+                dq += own[:, None] * k.to(tl.float32)
+                dk += own[:, None] * q.to(tl.float32)
                 for level in range(LEVELS):
                     h = 1 << level
                     factors = tl.exp2(sums(between(h, C), gates, SPLIT, EXACT, INTERPRET) * LOG2_E)
