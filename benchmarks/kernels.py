@@ -328,6 +328,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         "peer, ms",
         "ratio",
         "× floor",
+        "eager, ours / peer",
         "error, ours / peer",
         "MiB, ours / peer",
     ]

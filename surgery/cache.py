@@ -41,14 +41,20 @@ class Chunk:
         output, state = self.mixer(context, state, return_state)
         return restore(output), state
 
+    def step(self, state: State) -> Tensor:
+        """`run` of one token, which leaves its state in the tensors of `state`."""
+        context, restore = compact(self.context, self.real)
+        return restore(self.mixer.step(context, state))
+
 
 class RecurrentLayer(CacheLayerMixin):
     """Stands in a transformers `Cache` where a key/value layer stood.
 
     `replaced` is that layer, kept empty: it still answers how long masks are, so that converted and softmax layers can
     share one mask. When `replaced` is static, the state lives in fixed buffers that are written in place, as compiled
-    decoding needs. While recording (assisted decoding), every call keeps the state before it and its inputs; `crop`
-    goes back to the state before the chunk it lands in and runs the accepted tokens again.
+    decoding needs. Otherwise states are replaced, but by single tokens, which are written into them where nobody could
+    ask for them as they were. While recording (assisted decoding), every call keeps the state before it and its inputs;
+    `crop` goes back to the state before the chunk it lands in and runs the accepted tokens again.
     """
 
     def __init__(self, replaced: CacheLayerMixin):
@@ -79,10 +85,22 @@ class RecurrentLayer(CacheLayerMixin):
             self.history.append((self.state, chunk))
         if self.static and self.state is None:
             self._allocate(chunk)
-        output, state = chunk.run(self.state, return_state=True)
-        self._write(state)
+        if self.state is not None and chunk.length == 1 and self._may_write(self.state):
+            output = chunk.step(self.state)
+            self.is_initialized = True
+        else:
+            output, state = chunk.run(self.state, return_state=True)
+            self._write(state)
         self._advance(chunk.length)
         return output
+
+    def _may_write(self, state: State) -> bool:
+        """Whether the state may change in place: no gradient and no recorded call needs it, and torch allows it."""
+        if self.record_past or torch.is_grad_enabled() or any(x.requires_grad for x in state.values()):
+            return False
+        if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+            return True
+        return not any(x.is_inference() for x in state.values())
 
     def _allocate(self, chunk: Chunk) -> None:
         q = chunk.context.q

@@ -58,14 +58,15 @@ def ablated_nll(model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
 
 
 def _changed(cache: Any, change: Any) -> Any:
-    """A copy of the cache whose recurrences carry another history. Tensors are shared: growing caches never write."""
+    """A copy of the cache whose recurrences carry another history. Only they may be written into: keys and values are
+    shared, since growing caches replace them."""
     changed = copy.copy(cache)
     changed.layers = [copy.copy(layer) for layer in cache.layers]
     for index, layer in enumerate(changed.layers):
         if isinstance(layer, RecurrentLayer) and layer.state is not None:
             layer.replaced = copy.copy(layer.replaced)
             window, history = split_state(layer.state)
-            layer.state = window | change(index, history)
+            layer.state = {name: x.clone() for name, x in (window | change(index, history)).items()}
     return changed
 
 

@@ -6,19 +6,32 @@ from .specs import Features, Joint, LogMass, State, Window
 from .state import linear_state, window_state
 
 linear_attention = Op(
-    reference.linear_attention, chunked.linear_attention, examples.linear, in_triton("linear_attention")
+    reference.linear_attention,
+    chunked.linear_attention,
+    examples.linear,
+    in_triton("linear_attention"),
+    in_triton("linear_attention_step"),
 )
 gated_linear_attention = Op(
     reference.gated_linear_attention,
     chunked.gated_linear_attention,
     examples.gated,
     in_triton("gated_linear_attention"),
+    in_triton("gated_linear_attention_step"),
 )
 window_attention = Op(
-    reference.window_attention, chunked.window_attention, examples.window, in_triton("window_attention")
+    reference.window_attention,
+    chunked.window_attention,
+    examples.window,
+    in_triton("window_attention"),
+    in_triton("window_attention_step"),
 )
 hybrid_attention = Op(
-    reference.hybrid_attention, chunked.hybrid_attention, examples.hybrid, in_triton("hybrid_attention")
+    reference.hybrid_attention,
+    chunked.hybrid_attention,
+    examples.hybrid,
+    in_triton("hybrid_attention"),
+    in_triton("hybrid_attention_step"),
 )
 attention_cross_entropy = Op(
     reference.attention_cross_entropy,

@@ -6,9 +6,12 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
-from typing import Any, Generic, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar
 
 import torch
+
+if TYPE_CHECKING:
+    from .specs import State
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -71,11 +74,27 @@ def lowered(dtype: torch.dtype, args: Any, kwargs: Any) -> tuple[Any, Any]:
     return (*map(cast, args[:3]), *args[3:]), named
 
 
+def _first(args: Any, kwargs: Any) -> torch.Tensor:
+    return next(x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor))
+
+
+def _chosen(args: Any, kwargs: Any) -> tuple[str, str, Any, Any]:
+    """The backend of a call, its device's type, and its arguments as autocast wants them."""
+    device = _first(args, kwargs).device.type
+    if torch.is_autocast_enabled(device):
+        args, kwargs = lowered(torch.get_autocast_dtype(device), args, kwargs)
+    name = _forced or preferred(_first(args, kwargs))
+    if name not in BACKENDS:
+        raise ValueError(_unknown(name))
+    return name, device, args, kwargs
+
+
 class Op(Generic[P, R]):
     """One operation and its implementations, which take the same arguments and agree up to rounding.
 
     reference: the definition, a loop over tokens. chunked: the same in plain torch, fast on any device.
     triton: as kernels, for the operations that have them; the others run chunked in its place.
+    one_step: `step` as one kernel that writes into the state, None for calls that it does not cover.
     example(device, dtype): keyword arguments of a small call, for checks on the user's machine.
     """
 
@@ -85,6 +104,7 @@ class Op(Generic[P, R]):
         chunked: Callable[P, R],
         example: Callable[..., dict[str, Any]],
         triton: Callable[P, R] | None = None,
+        one_step: Callable[..., torch.Tensor | None] | None = None,
     ) -> None:
         self.name = reference.__name__
         self.__doc__ = reference.__doc__
@@ -92,18 +112,36 @@ class Op(Generic[P, R]):
         self.chunked = chunked
         self.example = example
         self.triton = triton
+        self.one_step = one_step
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        device = next(x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)).device.type
-        if torch.is_autocast_enabled(device):
-            args, kwargs = lowered(torch.get_autocast_dtype(device), args, kwargs)
-        name = _forced or preferred(next(x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)))
-        if name not in BACKENDS:
-            raise ValueError(_unknown(name))
+        name, device, given, named = _chosen(args, kwargs)
         run = getattr(self, name) or self.chunked
         # autocast would turn the fp32 mathematics inside into 16-bit products
         with torch.autocast(device, enabled=False):
-            return run(*args, **kwargs)
+            return run(*given, **named)
+
+    @torch.no_grad()
+    def step(self, *args: Any, state: State, **kwargs: Any) -> torch.Tensor:
+        """One token of each row: the same arguments with T = 1, but for `segments` and `return_state`.
+
+        The tensors of `state` are written to, those of rows without a token (lengths 0) are left as they are.
+        Returns y, without a gradient.
+        """
+        name, device, given, named = _chosen(args, kwargs)
+        tokens = _first(given, named).shape[1]
+        if tokens != 1:
+            raise ValueError(f"{self.name}.step takes one token of each row, not {tokens}: call the operation instead.")
+        with torch.autocast(device, enabled=False):
+            if name == "triton" and self.one_step is not None:
+                y = self.one_step(*given, state=state, **named)
+                if y is not None:
+                    return y
+            run: Callable[..., Any] = self.reference if name == "reference" else self.chunked
+            y, after = run(*given, state=state, return_state=True, **named)
+            for kept, x in after.items():
+                state[kept].copy_(x)
+            return y
 
     def __repr__(self) -> str:
         return f"<operation {self.name}>"

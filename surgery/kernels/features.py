@@ -70,11 +70,12 @@ def project(x: Tensor, weight: Tensor) -> Tensor:
 
 def apply(features: Features, x: Tensor) -> Tensor:
     """φ(x): scale, weight, bias, then the map."""
-    x = precise(x)
-    if features.scale is not None:
-        x = x * features.scale.to(x.dtype)
-    if features.weight is not None:
-        x = project(x, features.weight)
+    x, scale, weight = precise(x), features.scale, features.weight
+    if weight is not None:
+        # weights are fewer than tokens
+        x = project(x, weight if scale is None else weight.to(x.dtype) * scale.to(x.dtype))
+    elif scale is not None:
+        x = x * scale.to(x.dtype)
     if features.bias is not None:
         x = x + features.bias.to(x.dtype)
     return MAPS[features.name](x)

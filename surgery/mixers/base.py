@@ -6,12 +6,15 @@ architecture around it: everything it may look at arrives in one `AttentionConte
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
+
+from ..kernels import Op
 
 State = dict[str, Tensor]
 """What a mixer carries from token to token: named tensors, batch first, of a size independent of the context."""
@@ -120,6 +123,17 @@ class Mixer(nn.Module):
     ) -> tuple[Tensor, State | None]:
         raise TypeError(f"{type(self).__name__} does not define forward")
 
+    @torch.no_grad()
+    def step(self, context: AttentionContext, state: State) -> Tensor:
+        """One token of each row: the output of `forward`, without a gradient, and the new state written into `state`.
+
+        Rows without a token (lengths 0) keep their state.
+        """
+        y, after = self(context, state, return_state=True)
+        for name, x in after.items():
+            state[name].copy_(x)
+        return y
+
     def cross_entropy(self, context: AttentionContext) -> Tensor:
         """[B, T, H] fp32, cross-entropy of the mixer's weights against the layer's softmax weights; zero at padding."""
         raise TypeError(f"{type(self).__name__} has no attention weights to compare")
@@ -139,3 +153,48 @@ class Mixer(nn.Module):
         """Bytes that `batch` sequences hold while decoding, at any context length."""
         state = self.init_state(batch, device="meta", dtype=dtype)
         return sum(t.numel() * t.element_size() for t in state.values())
+
+
+Run = Callable[..., Tensor]
+"""Runs an operation on the tensors and options given; state, lengths and segments are its own business. Returns y."""
+
+
+class Carrying:
+    """Runs the operations of one call from a state, and collects in `after` the state that they leave, if asked to."""
+
+    def __init__(self, context: AttentionContext, state: State | None, return_state: bool) -> None:
+        self.shared: dict[str, Any] = {"state": state, "lengths": context.lengths, "segments": context.segments}
+        self.after: State | None = {} if return_state else None
+
+    def __call__(self, op: Op, *args: Any, **kwargs: Any) -> Tensor:
+        y, after = op(*args, **kwargs, **self.shared, return_state=self.after is not None)
+        if self.after is not None:
+            self.after |= after
+        return y
+
+
+class Stepping:
+    """Runs the operations of one token in place."""
+
+    def __init__(self, context: AttentionContext, state: State) -> None:
+        self.state, self.lengths = state, context.lengths
+
+    def __call__(self, op: Op, *args: Any, **kwargs: Any) -> Tensor:
+        return op.step(*args, **kwargs, state=self.state, lengths=self.lengths)
+
+
+class Composed(Mixer):
+    """Base of mixers made of operations: `attend` runs them."""
+
+    def attend(self, context: AttentionContext, run: Run) -> Tensor:
+        """The output [B, T, H, D]."""
+        raise TypeError(f"{type(self).__name__} does not define attend")
+
+    def forward(
+        self, context: AttentionContext, state: State | None = None, return_state: bool = False
+    ) -> tuple[Tensor, State | None]:
+        run = Carrying(context, state, return_state)
+        return self.attend(context, run), run.after
+
+    def step(self, context: AttentionContext, state: State) -> Tensor:
+        return self.attend(context, Stepping(context, state))

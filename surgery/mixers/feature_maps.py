@@ -105,7 +105,7 @@ class LearnedFeatureMap(FeatureMap):
                 self.bias.zero_()
 
     def forward(self) -> Features:
-        return Features(self.name, maps.precise(self.weight) / maps.precise(self.temperature), self.bias)
+        return Features(self.name, self.weight, self.bias, 1 / maps.precise(self.temperature))
 
     def fold_temperature(self) -> None:
         """Move the temperature into the weights: the same map at temperature one."""

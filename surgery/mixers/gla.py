@@ -9,7 +9,7 @@ from pydantic import model_validator
 from torch import Tensor
 
 from .. import kernels
-from .base import AttentionContext, AttentionShape, MixerBase, State
+from .base import AttentionContext, AttentionShape, MixerBase, Run, State
 from .feature_maps import FeatureMapConfig, SoftmaxConfig
 from .gates import GateConfig, KeyGateConfig
 from .linear import check_state
@@ -69,30 +69,24 @@ class GLAMixer(Windowed):
         """q and k of the recurrence."""
         return context.q, context.k
 
-    def forward(
-        self, context: AttentionContext, state: State | None = None, return_state: bool = False
-    ) -> tuple[Tensor, State | None]:
+    def attend(self, context: AttentionContext, run: Run) -> Tensor:
         window = self.near
         if window is not None and self.window_alone:
-            return window_branch(window, self.shape, context, state, return_state)
+            return window_branch(window, self.shape, context, run)
         q, k = self.linear_inputs(context)
         assert context.raw_k is not None
-        y, after = kernels.gated_linear_attention(
+        y = run(
+            kernels.gated_linear_attention,
             q,
             k,
             context.v,
             self.gate(context.raw_k),
             features_q=self.feature_map_q(),
             features_k=self.feature_map_k(),
-            state=state,
-            lengths=context.lengths,
-            segments=context.segments,
-            return_state=return_state,
         )
         if window is None or self.mix is None or not window.size:
-            return y, after
-        near, ring = window_branch(window, self.shape, context, state, return_state)
-        return self.mix(near, y), None if after is None or ring is None else after | ring
+            return y
+        return self.mix(window_branch(window, self.shape, context, run), y)
 
     def init_state(self, batch: int, *, device: torch.device | str, dtype: torch.dtype) -> State:
         shape, size = self.shape, self.feature_map_k.size

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import kernels
 from ..kernels import Joint, LogMass, Window
-from .base import AttentionContext, AttentionShape, MixerBase, State
+from .base import AttentionContext, AttentionShape, MixerBase, Run, State
 from .feature_maps import FeatureMapConfig, FixedConfig, HedgehogConfig
 from .mixes import JointMix, LogMassMix, MixConfig
 from .windows import WindowConfig, Windowed, describe_window, window_branch
@@ -81,47 +81,38 @@ class LinearMixer(Windowed):
         self.window = None if config.window is None else config.window.build(shape)
         self.mix = None if config.mix is None else config.mix.build(shape, self.state_heads, self.feature_map_k.mass)
 
-    def forward(
-        self, context: AttentionContext, state: State | None = None, return_state: bool = False
-    ) -> tuple[Tensor, State | None]:
+    def attend(self, context: AttentionContext, run: Run) -> Tensor:
         window = self.near
         if window is not None and self.window_alone:
-            return window_branch(window, self.shape, context, state, return_state)
+            return window_branch(window, self.shape, context, run)
         if isinstance(self.mix, JointMix | LogMassMix):
-            return self._hybrid(context, state, return_state)
-        y, after = self._linear(context, state, return_state)
+            return self._hybrid(context, run)
+        y = self._linear(context, run)
         if window is None or self.mix is None or not window.size:
-            return y, after
-        near, ring = window_branch(window, self.shape, context, state, return_state)
-        return self.mix(near, y), None if after is None or ring is None else after | ring
+            return y
+        return self.mix(window_branch(window, self.shape, context, run), y)
 
     def linear_inputs(self, context: AttentionContext) -> tuple[Tensor | None, Tensor | None]:
         """q and k of the linear branch; None: those of the softmax."""
         return None, None
 
-    def _linear(
-        self, context: AttentionContext, state: State | None, return_state: bool
-    ) -> tuple[Tensor, State | None]:
+    def _linear(self, context: AttentionContext, run: Run) -> Tensor:
         q, k = self.linear_inputs(context)
-        return kernels.linear_attention(
+        return run(
+            kernels.linear_attention,
             context.q if q is None else q,
             context.k if k is None else k,
             context.v,
             features_q=self.feature_map_q(),
             features_k=self.feature_map_k(),
-            state=state,
-            lengths=context.lengths,
-            segments=context.segments,
-            return_state=return_state,
         )
 
-    def _hybrid(
-        self, context: AttentionContext, state: State | None, return_state: bool
-    ) -> tuple[Tensor, State | None]:
+    def _hybrid(self, context: AttentionContext, run: Run) -> Tensor:
         window = self.near
         assert window is not None
         q, k = self.linear_inputs(context)
-        return kernels.hybrid_attention(
+        return run(
+            kernels.hybrid_attention,
             context.q,
             context.k,
             context.v,
@@ -133,10 +124,6 @@ class LinearMixer(Windowed):
             window=window,
             scaling=context.scaling,
             softcap=self.shape.softcap,
-            state=state,
-            lengths=context.lengths,
-            segments=context.segments,
-            return_state=return_state,
         )
 
     def _balance(self, window: Window) -> Joint | LogMass:

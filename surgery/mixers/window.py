@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import kernels
-from .base import AttentionContext, AttentionShape, Mixer, MixerBase, State
+from .base import AttentionContext, AttentionShape, Composed, MixerBase, Run, State
 from .windows import WindowConfig, describe_window, window_branch
 
 
@@ -22,7 +22,7 @@ class WindowOnlyConfig(MixerBase):
         return WindowMixer(self, shape)
 
 
-class WindowMixer(Mixer):
+class WindowMixer(Composed):
     """See `WindowOnlyConfig`."""
 
     def __init__(self, config: WindowOnlyConfig, shape: AttentionShape) -> None:
@@ -30,10 +30,8 @@ class WindowMixer(Mixer):
         self.config = config
         self.window = config.window.build(shape)
 
-    def forward(
-        self, context: AttentionContext, state: State | None = None, return_state: bool = False
-    ) -> tuple[Tensor, State | None]:
-        return window_branch(self.window, self.shape, context, state, return_state)
+    def attend(self, context: AttentionContext, run: Run) -> Tensor:
+        return window_branch(self.window, self.shape, context, run)
 
     def init_state(self, batch: int, *, device: torch.device | str, dtype: torch.dtype) -> State:
         heads, size = self.shape.kv_heads, self.shape.head_dim

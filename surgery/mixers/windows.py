@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .. import kernels
 from ..kernels import Window
-from .base import AttentionContext, AttentionShape, Config, Mixer, State
+from .base import AttentionContext, AttentionShape, Composed, Config, Run
 
 
 class WindowConfig(Config):
@@ -35,7 +35,7 @@ class WindowConfig(Config):
         return Window(size, self.layout, self.sinks)
 
 
-class Windowed(Mixer):
+class Windowed(Composed):
     """Base of mixers that have a linear branch and may have a window beside it.
 
     reach: for now the window is no larger than this; 0: the linear branch answers alone, and has all keys. None: as
@@ -79,21 +79,16 @@ def narrowed(model: nn.Module, reach: int | None = None, linear: bool = True) ->
             mixer.reach, mixer.linear = old_reach, old_linear
 
 
-def window_branch(
-    window: Window, shape: AttentionShape, context: AttentionContext, state: State | None, return_state: bool
-) -> tuple[Tensor, State | None]:
+def window_branch(window: Window, shape: AttentionShape, context: AttentionContext, run: Run) -> Tensor:
     """The softmax of the layer over a window alone."""
-    return kernels.window_attention(
+    return run(
+        kernels.window_attention,
         context.q,
         context.k,
         context.v,
         window=window,
         scaling=context.scaling,
         softcap=shape.softcap,
-        state=state,
-        lengths=context.lengths,
-        segments=context.segments,
-        return_state=return_state,
     )
 
 

@@ -12,7 +12,7 @@ from mixer_cases import CONFIGS, SHAPE, WITHOUT_HISTORY, build, close, context, 
 from torch._dynamo.utils import counters
 
 from surgery import kernels
-from surgery.mixers import AttentionShape
+from surgery.mixers import AttentionShape, Mixer
 
 every_mixer = pytest.mark.parametrize("name", CONFIGS)
 
@@ -247,3 +247,31 @@ def test_asks_for_what_it_uses(name):
     for field in mixer.needs:
         changed = replace(call, **{field: getattr(call, field) * 1.01})
         assert not close(mixer(changed)[0], mixer(call)[0], 1e-9)
+
+
+@every_mixer
+def test_a_step_is_a_call_in_place(name):
+    mixer, call = build(name), context(24)
+    state = mixer(span(call, 0, 20), return_state=True)[1]
+    expected, state = state, {key: x.clone() for key, x in state.items()}
+    places = {key: x.data_ptr() for key, x in state.items()}
+    for t, lengths in ((20, None), (21, [0, 1]), (22, [1, 0]), (23, [1, 1])):
+        token = replace(span(call, t, t + 1), lengths=None if lengths is None else torch.tensor(lengths))
+        y = mixer.step(token, state)
+        wanted, expected = mixer(token, expected, return_state=True)
+        real = torch.tensor([1, 1] if lengths is None else lengths)[:, None, None, None]
+        assert close((y * real, state), (wanted * real, expected))
+        assert not y.requires_grad
+    assert {key: x.data_ptr() for key, x in state.items()} == places
+
+
+def test_a_mixer_without_operations_has_a_step():
+    class Sum(Mixer):
+        def forward(self, context, state=None, return_state=False):
+            total = state["sum"] + context.v.sum(1)
+            return total.unsqueeze(1), {"sum": total}
+
+    call, state = context(1), {"sum": torch.ones(2, 2, 8, dtype=torch.float64)}
+    kept = state["sum"]
+    assert torch.equal(Sum(SHAPE).step(call, state)[:, 0], call.v[:, 0] + 1)
+    assert state["sum"] is kept and torch.equal(kept, call.v[:, 0] + 1)

@@ -17,6 +17,8 @@ from ..specs import Features, State
 from .channel import channel_attention
 from .decay import INTERPRET, WIDEST, decay_attention
 from .hybrid import hybrid_attention, window_attention
+from .mixed_step import hybrid_attention_step, window_attention_step
+from .steps import gated_linear_attention_step, linear_attention_step
 from .transfer import attention_cross_entropy
 
 __all__ = [
@@ -24,9 +26,13 @@ __all__ = [
     "channel_attention",
     "decay_attention",
     "gated_linear_attention",
+    "gated_linear_attention_step",
     "hybrid_attention",
+    "hybrid_attention_step",
     "linear_attention",
+    "linear_attention_step",
     "window_attention",
+    "window_attention_step",
 ]
 
 

@@ -21,8 +21,8 @@ class Tile(NamedTuple):
     stages: int = 1
 
 
-# of 16 bits. Chosen for few spills by `make check-kernels`, not yet for speed. No tile is less than 64 wide: it would be
-# laid out otherwise than the others, and ptxas 12.8, which triton 3.6 comes with, mixes up the addresses of such kernels.
+# of 16 bits. Chosen for few spills by `make check-kernels`, not yet for speed. No tile is less than 64 wide: others are
+# laid out in another way, and ptxas 12.8, which triton 3.6 brings, mixes up the addresses of kernels that have both.
 # 256 columns: all, since the weights of pairs are sums over them
 TABLE: dict[str, Tile] = {
     "states": Tile(64, 64, 4, 2),
