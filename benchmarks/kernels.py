@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -363,6 +362,15 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
+def save(rows: list[dict[str, Any]], rate: float, out: Path) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    result = environment() | {"copy_bytes_per_second": rate, "rows": rows}
+    (out / "kernels.json").write_text(json.dumps(result, indent=1) + "\n")
+    (out / "kernels.md").write_text(table(rows))
+    if any(row["ratio"] for row in rows):
+        plot(rows, out / "kernels.png")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", default=list(CASES), choices=list(CASES))
@@ -384,12 +392,7 @@ def main() -> None:
             except Exception as failed:
                 print(name, shape, "FAILED", type(failed).__name__, str(failed)[:300], flush=True)
             torch.cuda.empty_cache()
-    result = environment() | {"copy_bytes_per_second": rate, "rows": rows}
-    chosen.out.mkdir(parents=True, exist_ok=True)
-    (chosen.out / "kernels.json").write_text(json.dumps(result, indent=1) + "\n")
-    (chosen.out / "kernels.md").write_text(table(rows))
-    if any(row["ratio"] for row in rows) and not math.isnan(rate):
-        plot(rows, chosen.out / "kernels.png")
+        save(rows, rate, chosen.out)
 
 
 if __name__ == "__main__":

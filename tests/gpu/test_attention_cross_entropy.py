@@ -10,8 +10,9 @@ from surgery import kernels
 from surgery.kernels import Features, Joint, LogMass, Window
 
 pytestmark = pytest.mark.gpu
-# features, slopes and the features' gradients are rounded, and products of fp32 features of fp16 queries are tf32
-ALLOWED = {torch.bfloat16: 1.5e-2, torch.float16: 5e-3, torch.float32: 2e-5}
+# features, slopes and the features' gradients are rounded: three machine epsilons. Products of fp32 features of fp16
+# queries are tf32
+ALLOWED = {torch.bfloat16: 2.4e-2, torch.float16: 5e-3, torch.float32: 2e-5}
 NUMBERS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
@@ -57,11 +58,11 @@ def transfer(backend):
 ours, plain = transfer("triton"), transfer("chunked")
 
 
-def check(tensors, **options):
+def check(tensors, times=1, **options):
     exact = {name: x.double() for name, x in tensors.items()}
     found, truth = everything(ours, tensors, **options), everything(plain, exact, **options)
     worst = errors(found, truth)
-    assert max(worst) < ALLOWED[tensors["q"].dtype], worst
+    assert max(worst) < times * ALLOWED[tensors["q"].dtype], worst
 
 
 @pytest.mark.parametrize("dtype", NUMBERS, ids=NUMBERS.get)
@@ -86,8 +87,10 @@ def test_lengths(tokens):
 @pytest.mark.parametrize(("size", "layout"), [(1, "sliding"), (100, "sliding"), (256, "sliding"), (64, "terraced")])
 @pytest.mark.parametrize("mix", ["joint", "logmass"])
 def test_windows(size, layout, mix):
+    # beside a single key, what lies beyond the window has almost all of both masses, whose difference is a gradient
+    times = 2 if size == 1 else 1
     for limit in (None, 50, 300):
-        check(draw(700, mix=mix, batch=1), window=Window(size, layout), limit=limit)
+        check(draw(700, mix=mix, batch=1), times, window=Window(size, layout), limit=limit)
 
 
 def test_no_window():

@@ -30,6 +30,11 @@ def query_log_mass(mix: LogMass, q: Tensor) -> Tensor:
     return maps.project(q, mix.q_weight.unsqueeze(-1)) + mix.q_bias.to(q.dtype).unsqueeze(-1)
 
 
+def something(largest: Tensor) -> Tensor:
+    """0 where there is nothing to take the largest of: a window of size 0, or a row that fills up the last tile."""
+    return largest.masked_fill(largest == float("-inf"), 0)
+
+
 def balance(mix: Joint | LogMass, scores: Tensor, mass: Tensor, a: Tensor | None) -> tuple[Tensor, Tensor | float]:
     """The weights of the exact keys, and the factor that the linear weights need beside them.
 
@@ -37,12 +42,12 @@ def balance(mix: Joint | LogMass, scores: Tensor, mass: Tensor, a: Tensor | None
     """
     largest = scores.amax(-1, True)
     if isinstance(mix, Joint):
-        # the largest score scales one side only, so its gradient counts; a window of size 0 has none
-        largest = largest.masked_fill(largest == float("-inf"), 0)
+        # the largest score scales one side only, so its gradient counts
+        largest = something(largest)
         return mix.factor.to(scores.dtype)[:, None, None] * (scores - largest).exp(), 1.0
     assert a is not None
     # a unit shared by both sides cancels in the output; with the mass in it, the sum is one even if one side is empty
-    unit = torch.maximum(largest, a + mass.clamp(min=0).log()).detach()
+    unit = something(torch.maximum(largest, a + mass.clamp(min=0).log())).detach()
     return (scores - unit).exp(), (a - unit).clamp(max=LARGEST_LOG_FACTOR).exp()
 
 

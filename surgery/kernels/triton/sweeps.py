@@ -22,6 +22,7 @@ from .tiles import (
     load_each,
     load_rows,
     load_state,
+    rest,
     store_each,
     store_rows,
     store_state,
@@ -39,7 +40,7 @@ def output_sweep(
 ):  # fmt: skip
     """y, the state after the last token and, if NORMALIZE, the denominators; D columns of v per program.
 
-    REST: also what rounding takes from y, so that no gradient is made of a rounded one.
+    REST: also what rounding takes from y, so that no gradient is made of a rounded one. Operands are not, either.
     """
     first, head, b = tl.program_id(0) * D, tl.program_id(1), tl.program_id(2).to(tl.int64)
     operand = tl.float32 if INTERPRET else q_ptr.dtype.element_ty
@@ -61,8 +62,14 @@ def output_sweep(
             query = head * (H // H_S) + g
             q = load_rows(q_ptr, row, live, query, 0, H, F_WIDTH, C, F, INTERPRET)
             weights = tl.dot(q, k, input_precision=PRECISION) * decay
-            y = tl.dot(q, S.to(operand), input_precision=PRECISION) * since[:, None]
-            y = tl.dot(weights.to(operand), v, y, input_precision=PRECISION) * scale
+            y = tl.dot(q, S.to(operand), input_precision=PRECISION)
+            if REST:
+                y = tl.dot(q, rest(S, operand), y, input_precision=PRECISION)
+            y *= since[:, None]
+            y = tl.dot(weights.to(operand), v, y, input_precision=PRECISION)
+            if REST:
+                y = tl.dot(rest(weights, operand), v, y, input_precision=PRECISION)
+            y *= scale
             if NORMALIZE:
                 mass = tl.sum(weights, 1) + since * tl.sum(q.to(tl.float32) * z[None, :], 1)
                 mass = mass * scale + eps
@@ -71,10 +78,11 @@ def output_sweep(
                     store_each(mass_ptr, mass, row, live, query, H, C)
             store_rows(y_ptr, y, row, live, query, first, H, D_WIDTH, C, D)
             if REST:
-                rest = y - y.to(y_ptr.dtype.element_ty).to(tl.float32)
-                store_rows(rest_ptr, rest, row, live, query, first, H, D_WIDTH, C, D)
-        kept = (v.to(tl.float32) * until[:, None]).to(operand)
-        S = tl.dot(k, kept, S * total, input_precision=PRECISION)
+                store_rows(rest_ptr, rest(y, y_ptr.dtype.element_ty), row, live, query, first, H, D_WIDTH, C, D)
+        kept = v.to(tl.float32) * until[:, None]
+        S = tl.dot(k, kept.to(operand), S * total, input_precision=PRECISION)
+        if REST:
+            S = tl.dot(k, rest(kept, operand), S, input_precision=PRECISION)
         if NORMALIZE:
             z = z * total + tl.sum(k.to(tl.float32) * until[None, :], 1)
     store_state(S_after_ptr, S, b * H_S + head, first, D_WIDTH, 1, F_WIDTH, D_WIDTH, F, D)
@@ -113,7 +121,7 @@ def query_sweep(
     """dq, F columns per program; the state is Sᵀ.
 
     If NORMALIZE, y_i = N_i / m_i turns dy_i·v_j into (dy_i·v_j - excess_i) / m_i with excess_i = dy_i·y_i; factors are
-    scale / m_i.
+    scale / m_i. Of positive keys these terms nearly cancel, so that what rounding takes from operands is added.
     If GATE_GRADIENT, what reads of the state add to the gates' gradient, and the state before every chunk, are stored.
     """
     slice_, head, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -147,6 +155,7 @@ def query_sweep(
             dq = tl.dot(dy, S.to(operand), input_precision=PRECISION)
             factor = tl.full([C], 1.0, tl.float32) * scale
             if NORMALIZE:
+                dq = tl.dot(dy, rest(S, operand), dq, input_precision=PRECISION)
                 excess = load_each(excess_ptr, row, live, query, H, C, 0.0)
                 factor = load_each(factor_ptr, row, live, query, H, C, 0.0)
                 scores -= excess[:, None]
@@ -157,14 +166,17 @@ def query_sweep(
                 reads += tl.sum(q.to(tl.float32) * dq, 1)
             scores = scores * decay * factor[:, None]
             dq = tl.dot(scores.to(operand), k, dq, input_precision=PRECISION)
+            if NORMALIZE:
+                dq = tl.dot(rest(scores, operand), k, dq, input_precision=PRECISION)
             store_rows(dq_ptr, dq, row, live, query, first, H, F_WIDTH, C, F)
         if GATE_GRADIENT:
             part = slice_.to(tl.int64) * tl.num_programs(2) * T + row
             store_each(dgate_ptr, tl.cumsum(reads, 0, reverse=True), part, live, head, H_S, C)
-        kept = (k.to(tl.float32) * until[:, None]).to(operand)
-        S = tl.dot(v, kept, S * total, input_precision=PRECISION)
+        kept = k.to(tl.float32) * until[:, None]
+        S = tl.dot(v, kept.to(operand), S * total, input_precision=PRECISION)
         if NORMALIZE:
-            z = z * total + tl.sum(k.to(tl.float32) * until[:, None], 0)
+            S = tl.dot(v, rest(kept, operand), S, input_precision=PRECISION)
+            z = z * total + tl.sum(kept, 0)
 
 
 @triton.jit(do_not_specialize=["T", "scale"])
@@ -204,6 +216,8 @@ def key_sweep(
             gate_ptr, document_ptr, row, live, n * C, head, H_S, C, GATE, DOCUMENTS, True
         )
         out = tl.dot(a, dS.to(operand), input_precision=PRECISION)
+        if NORMALIZE:
+            out = tl.dot(a, rest(dS, operand), out, input_precision=PRECISION)
         if EXCESS:
             out += dz[None, :]
         out *= until[:, None]
@@ -235,6 +249,8 @@ def key_sweep(
             if GATE_GRADIENT:
                 crossing += scores * tl.dot(k, tl.trans(c), input_precision=PRECISION)
             out = tl.dot(scores.to(operand), c, out, input_precision=PRECISION)
+            if NORMALIZE:
+                out = tl.dot(rest(scores, operand), c, out, input_precision=PRECISION)
             kept = c.to(tl.float32) * (since * factor)[:, None]
             if EXCESS:
                 dz -= tl.sum(kept * excess[:, None], 0)

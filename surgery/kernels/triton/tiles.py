@@ -140,3 +140,9 @@ def decays(
             pair = -pair
         pair = tl.where(causal, tl.exp2(tl.minimum(pair, 0.0)), 0.0)
     return since, until, total, pair
+
+
+@triton.jit
+def rest(x, dtype: tl.constexpr):
+    """What rounding to `dtype` takes from fp32, itself of that dtype."""
+    return (x - x.to(dtype).to(tl.float32)).to(dtype)
