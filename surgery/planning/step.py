@@ -64,7 +64,7 @@ def measure(step: Step, converted: int, softmax: int) -> Numbers:
         SurgeryError: the step asks for values, or for what no CPU could compute.
     """
     with torch.device("meta"):
-        model = _stage_model(step, converted, softmax)
+        model = stage_model(step, converted, softmax)
     found = _counts(model)
     stage = step.recipe.stages[step.index]
     callbacks = stage_callbacks(stage.model_copy(update={"mixing": None}))
@@ -72,7 +72,7 @@ def measure(step: Step, converted: int, softmax: int) -> Numbers:
     with FakeTensorMode(), _without_values(stage.packing == "documents"), _as_on_a_gpu(), _on_shapes(model):
         _materialize(model)
         module = HealingModule(model, stage, steps=1, transfer=transfer)
-        batch = _batch(step)
+        batch = stage_batch(step)
         found |= _costs(module, batch, step)
         if step.checkpointing:
             with warnings.catch_warnings():
@@ -87,10 +87,10 @@ def count(step: Step, converted: int, softmax: int) -> Numbers:
     mixers and adapters in a checkpoint), state and cache (bytes of a sequence while decoding, and of a token with
     softmax)."""
     with torch.device("meta"):
-        return _counts(_stage_model(step, converted, softmax))
+        return _counts(stage_model(step, converted, softmax))
 
 
-def _stage_model(step: Step, converted: int, softmax: int) -> PreTrainedModel:
+def stage_model(step: Step, converted: int, softmax: int) -> PreTrainedModel:
     """As the stage trains it: converted, with the adapter of the first stage that brings one, the rest frozen."""
     config = with_layers(step.config, converted + softmax)
     model = AutoModelForCausalLM.from_config(config, dtype=config.dtype)
@@ -139,7 +139,7 @@ def _materialize(model: nn.Module) -> None:
                 module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
 
 
-def _batch(step: Step) -> dict[str, Tensor]:
+def stage_batch(step: Step) -> dict[str, Tensor]:
     """What the data gives `HealingModule`."""
     names = ["input_ids", "labels"]
     if step.recipe.stages[step.index].packing == "documents":
@@ -151,7 +151,7 @@ def _costs(module: HealingModule, batch: dict[str, Tensor], step: Step) -> Numbe
     recorder = Recorder(step.gpu, step.config.vocab_size)
     with recorder:
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=step.autocast):
-            loss = _loss(module, batch)
+            loss = stage_loss(module, batch)
         costs: Numbers = {"kept": recorder.live, "forward": recorder.peak, "logits": recorder.wide}
         recorder.peak = recorder.live
         loss.backward()
@@ -159,7 +159,7 @@ def _costs(module: HealingModule, batch: dict[str, Tensor], step: Step) -> Numbe
     return costs | {"flops": recorder.flops, "ops": recorder.ops, "seconds": recorder.seconds}
 
 
-def _loss(module: HealingModule, batch: dict[str, Tensor]) -> Tensor:
+def stage_loss(module: HealingModule, batch: dict[str, Tensor]) -> Tensor:
     """What `training_step` returns, without a trainer."""
     if module.transfer is None:
         return module._language_loss(batch)
