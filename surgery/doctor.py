@@ -130,7 +130,7 @@ def _run(run: Any, inputs: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
         # the sum alone would be the same for all weights that add up to one
         weights = torch.linspace(-1, 1, outputs[0].numel(), device=outputs[0].device, dtype=torch.float64)
         total = (outputs[0].double() * weights.view(outputs[0].shape)).sum()
-        return [x.detach() for x in outputs], list(torch.autograd.grad(total, wanted))
+        return [x.detach() for x in outputs], list(torch.autograd.grad(total, wanted, materialize_grads=True))
 
 
 def _sequence(x: Any) -> bool:

@@ -306,7 +306,7 @@ def test_what_is_kept_is_what_autograd_saves(recipe):
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         attention_loss(model, transfer)
-    assert sum(count for _, count in storages.values()) == pytest.approx(expected["kept"], rel=0.02)
+    assert sum(count for _, count in storages.values()) == pytest.approx(expected["kept"], rel=0.025)
 
 
 def test_a_hand_counted_graph():

@@ -39,6 +39,7 @@ attention_cross_entropy = Op(
     examples.transfer,
     in_triton("attention_cross_entropy"),
 )
+output_error = Op(reference.output_error, reference.output_error, examples.outputs, in_triton("output_error"))
 
 OPS = {
     op.name: op
@@ -48,6 +49,7 @@ OPS = {
         window_attention,
         hybrid_attention,
         attention_cross_entropy,
+        output_error,
     )
 }
 
@@ -67,6 +69,7 @@ __all__ = [
     "hybrid_attention",
     "linear_attention",
     "linear_state",
+    "output_error",
     "window_attention",
     "window_state",
 ]

@@ -48,3 +48,8 @@ def hybrid(device: torch.device | str, dtype: torch.dtype) -> Arguments:
 
 def transfer(device: torch.device | str, dtype: torch.dtype) -> Arguments:
     return {name: x for name, x in hybrid(device, dtype).items() if name not in ("v", "return_state")}
+
+
+def outputs(device: torch.device | str, dtype: torch.dtype) -> Arguments:
+    common, _, _ = _qkv(device, dtype)
+    return {"student": common["k"], "teacher": common["v"]}

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from ..kernels import output_error
 from .stages import TransferLoss
 
 ROWS = 1024
@@ -25,12 +26,12 @@ def transfer_loss(weights: TransferLoss) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def _transfer(mse: float, normalized_mse: float, student: Tensor, teacher: Tensor) -> Tensor:
-    student, teacher = student.float(), teacher.float()
-    error = functional.mse_loss(student, teacher)
+    # by name: autocast is not to round them
+    error, variance = output_error(student=student, teacher=teacher)
     loss = mse * error
     if normalized_mse:
         # layers whose output is small count as much as others
-        loss = loss + normalized_mse * error / teacher.var().clamp(min=1e-12)
+        loss = loss + normalized_mse * error / variance.clamp(min=1e-12)
     return loss
 
 

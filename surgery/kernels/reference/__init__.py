@@ -3,7 +3,7 @@
 from .gated import gated_linear_attention
 from .hybrid import hybrid_attention
 from .linear import linear_attention
-from .transfer import attention_cross_entropy
+from .transfer import attention_cross_entropy, output_error
 from .window import window_attention
 
 __all__ = [
@@ -11,5 +11,6 @@ __all__ = [
     "gated_linear_attention",
     "hybrid_attention",
     "linear_attention",
+    "output_error",
     "window_attention",
 ]

@@ -71,3 +71,14 @@ def attention_cross_entropy(
             outputs[t] = log_a.logsumexp(-1) - (p * log_a).sum(-1)
         rows.append(torch.stack(outputs))
     return torch.stack(rows)
+
+
+def output_error(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """How far a mixer's output is from the softmax output that it imitates (LoLCATs, eq. 8).
+
+    student, teacher: [...], of one shape.
+
+    Returns the mean squared difference, with a gradient to `student` alone, and the variance of `teacher`.
+    """
+    student, teacher = precise(student), precise(teacher.detach())
+    return (student - teacher).square().mean(), teacher.var()

@@ -15,7 +15,8 @@ from .. import features as maps
 from ..chunked.tiles import real
 from ..specs import Features, State
 from .channel import channel_attention
-from .decay import INTERPRET, WIDEST, decay_attention
+from .decay import INTERPRET, WIDEST, decay_attention, require_gpu
+from .error import output_error
 from .hybrid import hybrid_attention, window_attention
 from .mixed_step import hybrid_attention_step, window_attention_step
 from .steps import gated_linear_attention_step, linear_attention_step
@@ -31,6 +32,7 @@ __all__ = [
     "hybrid_attention_step",
     "linear_attention",
     "linear_attention_step",
+    "output_error",
     "window_attention",
     "window_attention_step",
 ]
@@ -122,10 +124,7 @@ def _attention(
         return None
     if gate is not None and gate.ndim == 4 and not INTERPRET:
         return None  # right in the interpreter, but gradients are wrong as Triton 3.6 compiles them for sm_90
-    if q.device.type == "cpu" and not INTERPRET:
-        raise RuntimeError(
-            "The backend 'triton' needs tensors on a GPU, or TRITON_INTERPRET=1 before triton is imported."
-        )
+    require_gpu(q)
     q, k, v = real(lengths, q, k, v)
     phi_q, phi_k = maps.apply(features_q, q), maps.apply(features_k, k)
     if phi_k.shape[-1] > WIDEST:

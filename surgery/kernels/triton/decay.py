@@ -16,6 +16,17 @@ WIDEST = 256
 """Most features, and most columns of v, that fit the registers of a program."""
 
 
+def require_gpu(x: Tensor) -> None:
+    """
+    Raises:
+        RuntimeError: no kernel can run on the device of x.
+    """
+    if x.device.type == "cpu" and not INTERPRET:
+        raise RuntimeError(
+            "The backend 'triton' needs tensors on a GPU, or TRITON_INTERPRET=1 before triton is imported."
+        )
+
+
 class Call(NamedTuple):
     """What every sweep of one call is told."""
 

@@ -15,7 +15,7 @@ from ..chunked.ring import Ring, ring_tiles
 from ..chunked.tiles import Tiles, real
 from ..specs import Features, Joint, LogMass, State, Window
 from . import hedgehog
-from .decay import INTERPRET, WIDEST
+from .decay import WIDEST, require_gpu
 from .mixed import mixed_attention
 
 BLOCK = 4096
@@ -94,10 +94,7 @@ def covers(q: Tensor, v: Tensor, window: Window) -> bool:
     """Whether the kernels run this."""
     if q.dtype.itemsize > 4 or window.sinks or not window.size or max(q.shape[-1], v.shape[-1]) > WIDEST:
         return False
-    if q.device.type == "cpu" and not INTERPRET:
-        raise RuntimeError(
-            "The backend 'triton' needs tensors on a GPU, or TRITON_INTERPRET=1 before triton is imported."
-        )
+    require_gpu(q)
     return True
 
 

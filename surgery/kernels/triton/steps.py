@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..specs import Features, State
 from .configs import padded
-from .decay import INTERPRET, WIDEST
+from .decay import WIDEST, require_gpu
 from .mixed_tiles import power
 from .step_tiles import features, load_floats, logits, query_features, step_state, step_sum
 
@@ -54,10 +54,7 @@ def covered(*tensors: Tensor | None) -> bool:
     present = [x for x in tensors if x is not None]
     if any(x.dtype.itemsize > 4 or x.shape[-1] > WIDEST for x in present):
         return False
-    if present[0].device.type == "cpu" and not INTERPRET:
-        raise RuntimeError(
-            "The backend 'triton' needs tensors on a GPU, or TRITON_INTERPRET=1 before triton is imported."
-        )
+    require_gpu(present[0])
     return True
 
 
