@@ -10,10 +10,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+
+from .errors import SurgeryError
+
+if TYPE_CHECKING:
+    from torch.distributed import DeviceMesh
+    from transformers import PreTrainedModel
 
 Shards = dict[str, nn.Parameter]
 """Name -> parameter while it is sharded, which is another object than the gathered one."""
@@ -25,6 +31,31 @@ def units(module: nn.Module) -> dict[str, Any]:
     if fsdp is None:  # nobody can have sharded anything without importing it
         return {}
     return {path: each for path, each in module.named_modules() if isinstance(each, fsdp.FSDPModule)}
+
+
+def shard(model: PreTrainedModel, mesh: DeviceMesh) -> None:
+    """Share a model's layers out over the devices of `mesh`, each gathered only while it runs.
+
+    Embeddings and the LM head stay whole on every device: they are often one tensor, and distillation reads the head
+    apart from the model. Does nothing to a model that is shared out already.
+
+    Raises:
+        SurgeryError: the model does not say what its layers are.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    if units(model):
+        return
+    kinds = set(model._no_split_modules or ())
+    layers = [module for module in model.modules() if type(module).__name__ in kinds]
+    if not layers:
+        raise SurgeryError(
+            f"{type(model).__name__} does not say which of its modules are layers (_no_split_modules), so it cannot be "
+            "shared out: use DDP"
+        )
+    for layer in layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model.get_decoder(), mesh=mesh, ignored_params=set(model.get_input_embeddings().parameters()))
 
 
 def unsharded(module: nn.Module) -> list[str]:

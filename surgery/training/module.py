@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 from transformers import PreTrainedModel
 
 from ..callbacks import AttentionTransfer
+from ..sharding import shard
 from .data.rows import model_inputs
 from .delta import learned
 from .distillation import distill
@@ -25,7 +26,7 @@ class HealingModule(LightningModule):
     """Trains what the stage's callbacks left trainable, on batches of `HealingData`.
 
     steps: optimizer steps of the whole stage. transfer: the callback that computes the loss in an attention-transfer
-    stage.
+    stage. shards: share the model out over the devices of lightning's ModelParallelStrategy.
     """
 
     def __init__(
@@ -35,14 +36,21 @@ class HealingModule(LightningModule):
         *,
         steps: int,
         transfer: AttentionTransfer | None = None,
+        shards: bool = False,
     ) -> None:
         super().__init__()
         self.model, self.stage, self.steps, self.transfer = model, stage, steps, transfer
+        self.shards = shards
         # checkpoints hold what learns; the rest is loaded from where the model came from
         self.strict_loading = False
         self.plateau: ReduceLROnPlateau | None = None
         self.learning = 0
         self._random: dict[str, Any] | None = None
+
+    def configure_model(self) -> None:
+        if self.shards:
+            assert self.device_mesh is not None
+            shard(self.model, self.device_mesh["data_parallel"])
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         if self.transfer is not None:
