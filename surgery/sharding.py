@@ -103,6 +103,19 @@ class _Differentiated(torch.autograd.Function):
         return None, None, *(_averaged(grad * gradient, parameter) for gradient, parameter in pairs)
 
 
+def whole(tensor: Any) -> Tensor:
+    """A tensor, gathered if it is sharded; all processes must ask for it."""
+    return tensor.full_tensor() if _is_shard(tensor) else tensor
+
+
+def placed(tensor: Tensor, like: Any) -> Tensor:
+    """This process's part of a whole tensor, on the device of `like` and sharded as that is."""
+    from torch.distributed.tensor import distribute_tensor
+
+    tensor = tensor.to(like.device)
+    return distribute_tensor(tensor, like.device_mesh, like.placements) if _is_shard(like) else tensor
+
+
 def _averaged(gradient: Tensor, parameter: Any) -> Tensor:
     """This process's part of the mean over the processes, laid out like the parameter."""
     from torch.distributed.tensor import DTensor, Partial
@@ -112,5 +125,5 @@ def _averaged(gradient: Tensor, parameter: Any) -> Tensor:
     return DTensor.from_local(summands, mesh, [Partial()] * mesh.ndim).redistribute(placements=parameter.placements)
 
 
-def _is_shard(parameter: nn.Parameter) -> bool:
-    return hasattr(parameter, "placements")
+def _is_shard(tensor: Tensor) -> bool:
+    return hasattr(tensor, "placements")

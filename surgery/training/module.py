@@ -45,7 +45,7 @@ class HealingModule(LightningModule):
         self.strict_loading = False
         self.plateau: ReduceLROnPlateau | None = None
         self.learning = 0
-        self._random: dict[str, Any] | None = None
+        self._resumed: dict[str, Any] | None = None
 
     def configure_model(self) -> None:
         if self.shards:
@@ -118,18 +118,30 @@ class HealingModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["state_dict"] = {f"model.{name}": tensor for name, tensor in learned(self.model).items()}
         checkpoint["plateau"] = None if self.plateau is None else self.plateau.state_dict()
-        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-        checkpoint["random"] = {"cpu": torch.get_rng_state(), "cuda": cuda}
+        own = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if self._on_gpu else None}
+        everyone: list[Any] = [own]
+        if self.trainer.world_size > 1:
+            everyone = [None] * self.trainer.world_size
+            torch.distributed.all_gather_object(everyone, own)
+        checkpoint["random"] = everyone
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._random = {**checkpoint["random"], "plateau": checkpoint["plateau"]}
+        self._resumed = {"random": checkpoint["random"], "plateau": checkpoint["plateau"]}
 
     def on_train_start(self) -> None:
-        if self._random is None:
-            return
-        torch.set_rng_state(self._random["cpu"])
-        if self._random["cuda"]:
-            torch.cuda.set_rng_state_all(self._random["cuda"])
-        if self.plateau is not None and self._random["plateau"] is not None:
-            self.plateau.load_state_dict(self._random["plateau"])
-        self._random = None
+        rank, resumed = self.trainer.global_rank, self._resumed
+        if resumed is None or rank >= len(resumed["random"]):
+            if rank:  # other dropout in every process
+                torch.manual_seed(torch.initial_seed() + rank)
+        else:
+            own = resumed["random"][rank]
+            torch.set_rng_state(own["cpu"])
+            if self._on_gpu and own["cuda"] is not None:
+                torch.cuda.set_rng_state(own["cuda"])
+        if resumed is not None and self.plateau is not None and resumed["plateau"] is not None:
+            self.plateau.load_state_dict(resumed["plateau"])
+        self._resumed = None
+
+    @property
+    def _on_gpu(self) -> bool:
+        return self.device.type == "cuda"
