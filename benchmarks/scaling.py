@@ -10,6 +10,9 @@ peak memory of the fullest device; the loss of every step;
 communication: the part of a profiled step in which a collective runs (waiting for other processes included), and
 exposed: in which nothing else does.
 
+--kill does something else: it kills one process of a `surgery convert` under each strategy, and makes sure that the
+run ends with one sentence that says so, and that the same command then goes on from a checkpoint to the end.
+
 Each shape and strategy runs in processes of its own; what fails, or takes longer than --timeout, is noted and left out.
 `--quick` is a toy on two CPU processes.
 """
@@ -18,9 +21,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -30,8 +31,10 @@ from typing import Any
 
 import torch
 
-from surgery.doctor import environment
+from benchmarks import scaling_kill
+from surgery import doctor
 from surgery.evaluation.provenance import source
+from surgery.training.processes import environment
 
 ROOT = Path(__file__).resolve().parents[1]
 GRACE = 10
@@ -40,18 +43,13 @@ KEY = ("shape", "strategy", "devices", "stage", "length")
 Row = dict[str, Any]
 
 
-def launch(command: list[str], world: int, folder: Path, **more: str) -> list[subprocess.Popen]:
+def launch(command: list[str], world: int, folder: Path) -> list[subprocess.Popen]:
     """The processes of one host, as torchrun would start them; what they say goes to log files."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    env = dict(os.environ) | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "scaling"}
-    env |= {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "GROUP_RANK": "0"}
-    env |= {"NCCL_NVLS_ENABLE": "0", "PYTHONPATH": str(ROOT), **more}  # no NVLink multicast
+    env = environment(world) | {"NCCL_NVLS_ENABLE": "0", "PYTHONPATH": str(ROOT)}  # no NVLink multicast
     started = []
     for rank in range(world):
+        ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
         with (folder / f"{rank}.log").open("w") as log:
-            ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             started.append(subprocess.Popen(command, env=env | ranks, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT))
     return started
 
@@ -166,6 +164,7 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--timeout", type=float, default=150, help="Seconds for one shape and strategy.")
     parser.add_argument("--budget", type=float, default=460, help="Seconds after which nothing more is begun.")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--kill", action="store_true", help="Kill a process, and go on; see above.")
     parser.add_argument("--quick", action="store_true", help="A toy on two CPU processes.")
     chosen = parser.parse_args(given)
     if chosen.quick:
@@ -179,14 +178,19 @@ def main(given: list[str] | None = None) -> dict[str, Any]:
     most = chosen.devices or torch.cuda.device_count()
     counts = sorted({2**i for i in range(most.bit_length()) if 2**i <= most} | {most})
     command = "python -m benchmarks.scaling " + " ".join(sys.argv[1:] if given is None else given)
-    result = {"environment": environment(), "source": source(), "command": command, "rows": []}
+    result = {"environment": doctor.environment(), "source": source(), "command": command, "rows": []}
     chosen.out.mkdir(parents=True, exist_ok=True)
 
     def found(row: Row) -> None:
         result["rows"].append(row)
         print({key: value for key, value in row.items() if key != "losses"}, flush=True)
-        (chosen.out / "scaling.json").write_text(json.dumps(result, indent=1) + "\n")
+        (chosen.out / ("kill.json" if chosen.kill else "scaling.json")).write_text(json.dumps(result, indent=1) + "\n")
 
+    if chosen.kill:
+        for strategy in chosen.strategies:
+            if strategy != "single":
+                found(scaling_kill.kill(chosen.recipe, strategy, max(most, 2), chosen.quick, chosen.timeout))
+        return result
     shared = {"recipe": chosen.recipe, "cpu": chosen.quick, "checkpointing": chosen.checkpointing}
     end = time.monotonic() + chosen.budget
     for shape in chosen.shapes:

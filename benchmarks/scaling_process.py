@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
 import os
@@ -26,7 +27,14 @@ from surgery.planning.shapes import load_config
 from surgery.recipe import load_recipe
 from surgery.training.module import HealingModule
 
-TOY = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8}
+TOY = LlamaConfig(
+    vocab_size=97,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+)
 WARM_UP = 2
 """Steps that are not timed; one more, the last, is profiled."""
 Row = dict[str, Any]
@@ -34,10 +42,7 @@ Row = dict[str, Any]
 
 def build(shape: str, recipe: Any, device: str) -> Any:
     """A converted model of random weights, on the device from the beginning."""
-    if shape == "toy":
-        config: Any = LlamaConfig(**TOY, vocab_size=97, num_key_value_heads=2)
-    else:
-        config = load_config(None, shape)
+    config = copy.deepcopy(TOY) if shape == "toy" else load_config(None, shape)  # converting changes it
     torch.manual_seed(0)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)

@@ -130,7 +130,7 @@ def start(command: Sequence[str], devices: int, nodes: int = 1) -> int:
     Raises:
         SurgeryError: a process was killed, or failed while the first did not, or hosts do not know of each other.
     """
-    env = _environment(devices, nodes)
+    env = environment(devices, nodes)
     first = int(env.get("NODE_RANK", 0)) * devices if nodes > 1 else 0
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     with tempfile.TemporaryDirectory() as name:
@@ -185,7 +185,8 @@ def _watch(processes: list[subprocess.Popen], log: Path) -> tuple[int | None, st
         return failed, said + errors.read()
 
 
-def _environment(devices: int, nodes: int) -> dict[str, str]:
+def environment(devices: int, nodes: int = 1) -> dict[str, str]:
+    """What the processes of a host are given, except for RANK and LOCAL_RANK. See `start`."""
     env = dict(os.environ)
     if nodes > 1:
         missing = [name for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK") if name not in env]
