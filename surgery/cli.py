@@ -6,6 +6,7 @@ Nothing heavy is imported before a command needs it, so that `surgery --help` an
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -202,20 +203,49 @@ def convert(
     gradient_checkpointing: Annotated[bool, typer.Option(help="Less memory for more time.")] = False,
     column: Annotated[str, typer.Option(help="Of the text in .jsonl, .parquet and hf: data.")] = "text",
     skip_broken: Annotated[bool, typer.Option("--skip-broken", help="Leave out rows that cannot be used.")] = False,
+    devices: Annotated[
+        int | None, typer.Option(min=1, help="Of this host, 1 by default; leave it to torchrun under torchrun.")
+    ] = None,
+    nodes: Annotated[
+        int, typer.Option(min=1, help="Hosts that run this command; they share a disk, and need MASTER_ADDR.")
+    ] = 1,
+    strategy: Annotated[
+        Literal["auto", "ddp", "fsdp"], typer.Option(help="A model on each device, or shares.")
+    ] = "auto",
 ) -> None:
-    """Convert a model, heal it on text by the recipe's stages, and save it. Repeat it to resume a killed run."""
+    """Convert a model, heal it on text by the recipe's stages, and save it. Repeat it to resume a killed run.
+
+    A step is the same on any number of devices: they share out its rows.
+    """
     chosen = _read_recipe(recipe, set_)
     import logging
 
     from .training.convert import Options
     from .training.convert import convert as run
+    from .training.processes import joined, start
+
+    if (devices or 1) * nodes > 1 and not joined():
+        raise typer.Exit(start([sys.executable, "-m", "surgery.cli", *sys.argv[1:]], devices or 1, nodes))
 
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # it introduces itself before every stage
     on_error: Literal["raise", "skip"] = "skip" if skip_broken else "raise"
     bar = sys.stdout.isatty()
-    options = Options(seed, precision, accelerator, save_every, gradient_checkpointing, bar, column, on_error)
+    options = Options(
+        seed,
+        precision,
+        accelerator,
+        save_every,
+        gradient_checkpointing,
+        bar,
+        column,
+        on_error,
+        devices,
+        nodes,
+        strategy,
+    )
     run(model, chosen, data, out, validation=validation or (), options=options, say=typer.echo)
-    typer.echo(f"surgery generate --model {out} --prompt ... continues a text with it")
+    if int(os.environ.get("RANK", 0)) == 0:  # of several processes one speaks
+        typer.echo(f"surgery generate --model {out} --prompt ... continues a text with it")
 
 
 @app.command()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from . import adapters, hub
+from . import adapters, hub, sharding
 from .errors import SurgeryError
 from .mixers.base import Mixer
 from .patchers.interface import (
@@ -149,6 +149,7 @@ def mode(
     inner = find_model(model)
     switch = _operation(inner).switch
     previous = switch.mode, switch.transfer_loss, switch.cross_entropy, switch.projected_l2
+    shards = switch.shards
     with ExitStack() as stack:
         if name != "student":
             stack.enter_context(adapters.disabled(inner))
@@ -156,10 +157,14 @@ def mode(
             stack.enter_context(_kept_activations(inner))
         try:
             switch.losses.clear()
+            if name == "transfer":
+                mixers = {module.layer_idx: module.mixer for module in converted_layers(inner).values()}
+                switch.shards = sharding.shards(inner, mixers)
             _enter(inner, name, loss or nn.functional.mse_loss, cross_entropy, projected_l2)
             yield switch
         finally:
             _enter(inner, *previous)
+            switch.shards = shards
 
 
 def remember_base(model: PreTrainedModel) -> None:

@@ -385,13 +385,13 @@ def test_strategies():
     root = 2 * (128256 * 2048 + 2048)
     assert fsdp.memory.communication == root + 2 * layer + 4 * single.trainable / 16
     assert single.tokens_per_second < ddp.tokens_per_second < 4 * single.tokens_per_second
-    assert ddp.tokens == pytest.approx(single.tokens, rel=0.01) and ddp.steps == pytest.approx(single.steps / 4, abs=1)
+    assert ddp.tokens == single.tokens and ddp.steps == single.steps
     assert single.memory.reserved > RESERVED
 
 
 def test_blockwise():
     """LoLCATs' 405B: 14 blocks of 9 layers; 2·T·D·L/k bytes of hidden states."""
-    config, chosen = load_config(shape="405b"), shortened("llama/lolcats-405b-blockwise")
+    config, chosen = load_config(shape="405b"), shortened("llama/lolcats-405b-blockwise", rows=16)
     request = Request(gpus=16, strategy="blockwise", checkpointing=False)
     found = plan(config, chosen, request)
     check(found)
@@ -429,14 +429,14 @@ def test_every_recipe_has_a_plan(name):
 @pytest.mark.parametrize("shape", ["8b", "70b"])
 def test_larger_shapes_have_a_plan(shape):
     request = Request(gpus=8, strategy="fsdp", checkpointing=shape == "8b")
-    check(plan(load_config(shape=shape), shortened("llama/lolcats-70b-fsdp"), request))
+    check(plan(load_config(shape=shape), shortened("llama/lolcats-70b-fsdp", rows=8), request))
 
 
-def shortened(name: str) -> surgery.Recipe:
-    """With batches of 256 tokens, which are soon gone through."""
+def shortened(name: str, rows: int = 1) -> surgery.Recipe:
+    """With rows of 256 tokens, which are soon gone through."""
     recipe, changes = surgery.load_recipe(name), {}
     for index in range(len(recipe.stages)):
-        changes |= {f"stages.{index}.sequence_length": 256, f"stages.{index}.batch_size": 1}
+        changes |= {f"stages.{index}.sequence_length": 256, f"stages.{index}.batch_size": rows}
     return recipe.override(changes)
 
 
@@ -505,6 +505,7 @@ def test_a_plan_that_does_not_fit_says_so():
         (["-r", "llama/lolcats", "--shape", "1b", "--gpus", "2"], "single is for one GPU, not for 2"),
         (["-r", "llama/lolcats", "--shape", "1b", "--precision", "fp8"], "no plan for precision 'fp8'"),
         (["-r", "llama/lolcats", "--shape", "1b", "--tokens-per-batch", "1000"], "no whole number of rows of 1024"),
+        (["-r", "llama/lolcats", "--shape", "1b", "--strategy", "ddp", "--gpus", "3"], "3 devices cannot share out a"),
         (["-r", "llama/lolcats", "-s", "stages=[]", "--shape", "1b"], "no stages, so there is nothing to plan"),
         (["-r", "llama/lolcats", "-s", "layers=[99]", "--shape", "1b"], "layers [99] do not exist"),
         (["-r", "llama/lolcats", "--model", "/nowhere/at/all"], "cannot load a config from '/nowhere/at/all'"),

@@ -35,7 +35,8 @@ class AttentionTransfer(LossCallback):
     trains: the new parameters that learn, alone, while this is active; afterwards those learn that did before.
     branch: what is compared, "both" branches as the model mixes them, or the "linear" one alone over all keys, so that
     a window cannot do its work for it (arXiv 2510.05901). layer_weights: of some layers, by index; others count 1.
-    model: see `HealingCallback`. Logs `transfer_loss`, the mean over the layers.
+    model: see `HealingCallback`. Logs `transfer_loss`, the mean over the layers. Under FSDP2 each layer's gradients are
+    taken while its weights are gathered (`surgery.sharding`).
 
     Example::
 
@@ -78,12 +79,6 @@ class AttentionTransfer(LossCallback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        sharded = next((type(m).__name__ for m in pl_module.modules() if type(m).__name__.startswith("FSDP")), None)
-        if sharded is not None:
-            raise SurgeryError(
-                f"AttentionTransfer sends no gradient through {sharded}, so FSDP would not add the gradients of the "
-                "processes up: run this stage with DDP, and shard the model for the next"
-            )
         self._end(trainer, pl_module)  # resumed after `stop`
 
     def at_step(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:

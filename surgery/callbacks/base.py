@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from ..errors import SurgeryError
 from ..patchers.interface import converted_layers
 from ..patchers.sites import find_model
+from ..sharding import units, unsharded
 from .schedules import Plateau, Schedule
 
 if TYPE_CHECKING:
@@ -70,6 +71,20 @@ class HealingCallback(Callback):
             )
         return found
 
+    def _check_shards(self, pl_module: LightningModule) -> None:
+        if not units(pl_module):
+            return
+        if not units(self.find(pl_module)):
+            raise SurgeryError(
+                f"fully_shard was called on what contains {type(self.find(pl_module)).__name__}: call it on the model, "
+                "or on each of its layers, too"
+            )
+        if alone := unsharded(pl_module):
+            raise SurgeryError(
+                f"{len(alone)} parameters learn (e.g. {alone[0]}) that fully_shard did not see, so every process would "
+                "train its own: convert the model in your module's __init__, and shard it in configure_model"
+            )
+
     def active(self, step: int) -> bool:
         return self.start <= step and (self.stop is None or step < self.stop)
 
@@ -87,6 +102,7 @@ class HealingCallback(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._observed = trainer.global_step
+        self._check_shards(pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self.at_step(trainer, pl_module, trainer.global_step)
@@ -165,10 +181,12 @@ def rewrap(trainer: Trainer, pl_module: LightningModule, name: str) -> None:
     if trainer.world_size == 1:
         return
     strategy: Any = trainer.strategy
+    if units(pl_module):
+        return  # FSDP2 looks whenever it gathers
     if not hasattr(strategy, "configure_ddp"):
         raise SurgeryError(
             f"{name} changes what learns in the middle of the fit, which {type(strategy).__name__} cannot follow: use "
-            "DDP, or run the stages as separate fits"
+            "DDP or FSDP2, or run the stages as separate fits"
         )
     strategy.model = pl_module
     strategy.configure_ddp()

@@ -19,6 +19,7 @@ from .base import HealingCallback, rewrap
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
+    from transformers import PreTrainedModel
 
 ADAPTER = "healing"
 SAMPLE = (1, 32)
@@ -73,8 +74,10 @@ class LoRAUnfreezing(HealingCallback):
         self.rank, self.alpha, self.dropout = rank, alpha, dropout
         self.targets, self.trains = None if targets is None else tuple(targets), tuple(trains)
         self.lr, self.mixer_lr, self.optimizer = lr, mixer_lr, optimizer
-        self._layers: list[list[nn.Parameter]] = []
-        self.mixers: list[nn.Parameter] = []
+        # names, as sharding puts other parameters in the place of those that are there when this is prepared
+        self._layers: list[list[str]] = []
+        self._mixers: list[str] = []
+        self._of: PreTrainedModel | None = None
         self._learning = 0
         self._groups_in_checkpoint = 0
         self._groups: list[dict[str, Any]] = []
@@ -85,8 +88,9 @@ class LoRAUnfreezing(HealingCallback):
             self._inject(model)
         else:
             self._check_adapter(model, self.adapter)
-        self._layers = self._grouped(adapters.parameters(model, self.adapter or ADAPTER))
-        self.mixers = list(new_parameters(model, self.trains).values())
+        self._of = model
+        self._layers = self._grouped(list(adapters.parameters(model, self.adapter or ADAPTER)))
+        self._mixers = list(new_parameters(model, self.trains))
         self._learning, self._groups = 0, []
         if self.active(0):
             self._unfreeze(pl_module, 1)
@@ -120,7 +124,7 @@ class LoRAUnfreezing(HealingCallback):
         self._groups_in_checkpoint = state_dict["groups"]
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._layers, self.mixers, self._groups = [], [], []
+        self._of, self._layers, self._mixers, self._groups = None, [], [], []
         self._learning, self._groups_in_checkpoint = 0, 0
 
     def _inject(self, model: Any) -> None:
@@ -142,35 +146,40 @@ class LoRAUnfreezing(HealingCallback):
         for parameter in adapters.parameters(model, name).values():
             parameter.requires_grad_(False)
 
-    def _grouped(self, named: dict[str, nn.Parameter]) -> list[list[nn.Parameter]]:
-        """The adapter's parameters, those that learn first at first; what is in no layer goes with the first."""
-        found = {name: re.search(r"\.(\d+)\.", name) for name in named}
+    def _grouped(self, names: list[str]) -> list[list[str]]:
+        """The adapter's parameters by name, the first to learn at first; what is in no layer goes with the first."""
+        found = {name: re.search(r"\.(\d+)\.", name) for name in names}
         layers = {name: int(match[1]) for name, match in found.items() if match}
         order = sorted(set(layers.values()), reverse=self.order == "top")
-        groups: list[list[nn.Parameter]] = [[] for _ in range(1 + len(self.then))]
+        groups: list[list[str]] = [[] for _ in range(1 + len(self.then))]
         if len(order) < len(groups):
             raise SurgeryError(
                 f"LoRAUnfreezing(then=...) makes {len(groups)} groups of {len(order)} layers with adapters: give fewer "
                 "steps"
             )
-        for name, parameter in named.items():
+        for name in names:
             place = order.index(layers[name]) if name in layers else 0
-            groups[place * len(groups) // len(order)].append(parameter)
+            groups[place * len(groups) // len(order)].append(name)
         return groups
 
-    def _all(self) -> list[nn.Parameter]:
-        return [parameter for group in self._layers for parameter in group]
+    @property
+    def mixers(self) -> list[nn.Parameter]:
+        """Those of the mixers that learn, too."""
+        return self._named([self._mixers])
+
+    def _named(self, groups: list[list[str]]) -> list[nn.Parameter]:
+        return [] if self._of is None else [self._of.get_parameter(name) for group in groups for name in group]
 
     def _unfreeze(self, pl_module: LightningModule, learning: int) -> None:
         """Let the first `learning` groups learn."""
-        train_only(pl_module, [p for group in self._layers[:learning] for p in group] + self.mixers)
+        train_only(pl_module, self._named(self._layers[:learning]) + self.mixers)
         self._learning = learning
 
     def _add_groups(self, trainer: Trainer) -> None:
         if self._groups:
             return
         optimizer = self._optimizer(trainer)
-        for parameters, lr in ((self._all(), self.lr), (self.mixers, self.mixer_lr)):
+        for parameters, lr in ((self._named(self._layers), self.lr), (self.mixers, self.mixer_lr)):
             group = _own_group(optimizer, trainer.optimizers, parameters, lr)
             if group is not None:
                 self._groups.append(group)

@@ -23,6 +23,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 from ..cache import Chunk, RecurrentLayer, recurrent_layer
 from ..errors import SurgeryError
 from ..mixers.base import AttentionContext, AttentionShape, Mixer
+from ..sharding import Shards, differentiated
 from .families import Family
 from .masks import padding_mask, read_documents, read_padding
 
@@ -35,7 +36,10 @@ TransferLoss = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass
 class Switch:
-    """What all converted layers of one model share: how they act now, and where losses of `transfer` mode go."""
+    """What all converted layers of one model share: how they act now, and where losses of `transfer` mode go.
+
+    shards: of the mixers, by layer, while a model that FSDP2 shards is in `transfer` mode.
+    """
 
     mode: str = "student"
     implementation: str = "sdpa"
@@ -43,6 +47,7 @@ class Switch:
     cross_entropy: float = 0.0
     projected_l2: float = 0.0
     losses: dict[int, Tensor] = field(default_factory=dict)
+    shards: dict[int, Shards] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -226,6 +231,8 @@ def _transfer(module: nn.Module, inputs: tuple, scaling: float, kwargs: dict, ch
         loss = loss + switch.cross_entropy * chunk.cross_entropy()
     if switch.projected_l2:
         loss = loss + switch.projected_l2 * _projected_l2(module, student, teacher, chunk.real)
+    if switch.shards:
+        loss = differentiated(loss, module.mixer, switch.shards[module.layer_idx])
     switch.losses[module.layer_idx] = loss
     return teacher, None
 

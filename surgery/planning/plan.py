@@ -39,8 +39,9 @@ class Request:
     """What to plan for.
 
     gpus: devices of one host. gpu: a key of `hardware.GPUS`. gpu_memory: GiB of one device.
-    tokens_per_batch: of one forward pass of one device; None: as the stage says. data_tokens: of one epoch, for stages
-    that last epochs. precision: "bf16-mixed" or "32-true". checkpointing: also plan with recomputed activations.
+    tokens_per_batch: of one forward pass of one device; None: its part of what the stage says. data_tokens: of one
+    epoch, for stages that last epochs. precision: "bf16-mixed" or "32-true". checkpointing: also plan with recomputed
+    activations.
     strategy: "single"; "ddp": the whole model on every device; "fsdp": its shares; "blockwise": attention transfer of
     `block_layers` layers a device, from hidden states on disk (LoLCATs' way to 405B), then fsdp.
     """
@@ -171,6 +172,8 @@ def plan(config: PretrainedConfig, recipe: Recipe, request: Request | None = Non
     converted = 0 if recipe.mixer is None else len(_choose(recipe.layers, layers))
     stages, numbers = [], {}
     for index, stage in enumerate(recipe.stages):
+        if request.tokens_per_batch is None and _strategy(stage, request) in ("ddp", "fsdp"):
+            stage = stage.on(request.gpus)
         measured = _measured(config, recipe, index, stage, request, converted, layers - converted)
         numbers = measured.at(converted, layers - converted)
         stages.append(_stage_plan(index, stage, request, measured, converted, layers - converted, config.hidden_size))
@@ -186,6 +189,11 @@ def plan(config: PretrainedConfig, recipe: Recipe, request: Request | None = Non
         stages=tuple(stages),
         request=request,
     )
+
+
+def _strategy(stage: StageConfig, request: Request) -> str:
+    """Blocks learn apart only while attention is transferred."""
+    return "fsdp" if request.strategy == "blockwise" and isinstance(stage, LoRA) else request.strategy
 
 
 def _measured(
@@ -225,7 +233,7 @@ def _stage_plan(
     index: int, stage: StageConfig, request: Request, layers: PerLayer, converted: int, softmax: int, hidden: int
 ) -> StagePlan:
     transfer = not isinstance(stage, LoRA)
-    strategy = "fsdp" if request.strategy == "blockwise" and not transfer else request.strategy
+    strategy = _strategy(stage, request)
     whole = layers.at(converted, softmax)
     count = converted + softmax
     blocks = math.ceil(count / request.block_layers) if strategy == "blockwise" else 1

@@ -26,6 +26,7 @@ from ..errors import SurgeryError, loading
 from ..patchers.interface import converted_layers
 from ..patchers.sites import projections
 from ..recipe import Recipe
+from ..sharding import units
 from .card import model_card
 from .data.corpus import OnError, open_corpora
 from .data.module import HealingData
@@ -33,8 +34,10 @@ from .data.sources import open_source
 from .delta import load_delta, save_delta
 from .mixing import DomainSampler
 from .module import HealingModule
+from .processes import join
 from .run import Run, write_csv, write_text
 from .stages import LoRA, Plateau, StageConfig, TemperatureMixing
+from .strategy import Sharding, Strategy, sharded
 from .watch import Checkpoints, Validation, Watch
 
 Say = Callable[[str], None]
@@ -47,7 +50,9 @@ class Options:
     seed: of mixers, adapters and the order of the data. precision: lightning's name; "auto": bf16 autocast on a GPU,
     none on a CPU. accelerator: lightning's. save_every: optimizer steps between checkpoints. checkpointing: recompute
     activations instead of keeping them. progress: draw a bar. column: of the text in tables. on_error: what to do with
-    rows that cannot be used, "raise" or "skip".
+    rows that cannot be used, "raise" or "skip". devices: of this host (None: as many as torchrun started processes, or
+    one), nodes: hosts, which see the same files. strategy: whether each has the whole model ("ddp") or they share it
+    out ("fsdp"); "auto": the latter if the weights would take most of a device's memory.
     """
 
     seed: int = 0
@@ -58,6 +63,13 @@ class Options:
     progress: bool = False
     column: str = "text"
     on_error: OnError = "raise"
+    devices: int | None = None
+    nodes: int = 1
+    strategy: Strategy = "auto"
+
+    @property
+    def cpu(self) -> bool:
+        return self.accelerator == "cpu" or not torch.cuda.is_available()
 
 
 @dataclass
@@ -90,33 +102,55 @@ def convert(
     Raises:
         SurgeryError: the request makes no sense, or `out` or its run folder belongs to something else.
     """
-    options, out = options or Options(), Path(out)
+    options = options or Options()
     if not recipe.stages:
         raise SurgeryError("the recipe has no stages, so there is nothing to run: surgery.apply alone converts a model")
-    request = {"model": str(model), "recipe": recipe.to_dict(), "seed": options.seed, "precision": options.precision}
-    request |= {"data": _digests(data), "validation": _digests(validation)}
-    if options.column != "text":
-        request["column"] = options.column
-    if out.exists() and any(out.iterdir()):
-        raise SurgeryError(
-            f"{out} exists: a finished run is not repeated; give another --out, or delete it to run again"
-        )
-    run = Run(out)
-    if run.begin(request):
-        say(f"going on with {run.folder}")
+    team = join(options.devices, options.nodes, options.cpu)
+    for stage in recipe.stages:
+        stage.on(team.world)
+    say = say if team.leads else lambda line: None
+    run = Run(Path(out), team)
+    request = team.led(lambda: _begin(run, str(model), recipe, data, validation, options, say))
 
     if torch.cuda.is_available():
         torch.set_float32_matmul_precision("high")  # mixers compute in fp32: training affords tf32, measuring does not
     torch.manual_seed(options.seed)
     network, tokenizer = _load(str(model), recipe), _tokenizer(str(model))
-    rows = StageData(data, validation, tokenizer, network.config.get_text_config(), options, say)
+    rows = team.in_turn(lambda: StageData(data, validation, tokenizer, network.config.get_text_config(), options, say))
     results = []
     for index, stage in enumerate(recipe.stages):
         say(f"stage {index + 1} of {len(recipe.stages)}: {stage.kind}")
         results.append(_stage(network, index, stage, rows, run, options, say))
-    if options.accelerator != "cpu" and torch.cuda.is_available():
-        network.to("cuda")  # lightning leaves it on the cpu
-    return _finish(network, tokenizer, recipe, results, run, request, rows, say)
+        if units(network) and (team.leads or index + 1 < len(recipe.stages)):  # adapters take a whole model
+            network = _load(str(model), recipe)
+            load_delta(network, run.delta(index))
+    device = "cpu" if options.cpu else "cuda"  # lightning leaves it on the cpu
+    team.led(lambda: _finish(network.to(device), tokenizer, recipe, results, run, request, rows, say))
+    team.leave()
+    return run.out
+
+
+def _begin(
+    run: Run,
+    model: str,
+    recipe: Recipe,
+    data: Sequence[str | Path],
+    validation: Sequence[str | Path],
+    options: Options,
+    say: Say,
+) -> dict[str, Any]:
+    """Open the folder of the run; returns what it is a run of. How many devices work on it does not matter."""
+    request = {"model": model, "recipe": recipe.to_dict(), "seed": options.seed, "precision": options.precision}
+    request |= {"data": _digests(data), "validation": _digests(validation)}
+    if options.column != "text":
+        request["column"] = options.column
+    if run.out.exists() and any(run.out.iterdir()):
+        raise SurgeryError(
+            f"{run.out} exists: a finished run is not repeated; give another --out, or delete it to run again"
+        )
+    if run.begin(request):
+        say(f"going on with {run.folder}")
+    return request
 
 
 class StageData:
@@ -194,19 +228,21 @@ def _stage(
         load_delta(network, delta)
         say("  done before")
         return StageResult(**_json(summary))
-    data = rows.at(stage)
+    team, own = run.team, stage.on(run.team.world)
+    data = rows.at(own)
     steps = steps_of(stage, data.rows)
-    data.count = steps * stage.accumulate
+    data.count = steps * own.accumulate
     torch.manual_seed(options.seed + 1000 * (index + 1))
     callbacks = _callbacks(stage, data, options)
     transfer = next((c for c in callbacks if isinstance(c, AttentionTransfer)), None)
-    module = HealingModule(network, stage, steps=steps, transfer=transfer)
+    shards = sharded(options.strategy, network, team, options.cpu)
+    module = HealingModule(network, own, steps=steps, transfer=transfer, shards=shards)
     every = stage.schedule.every if isinstance(stage.schedule, Plateau) else max(1, steps // 10)
     validation = Validation(data.val_dataloader(), every)
     # how much of the work the linear branch does; `Watch` looks out for losses that are no number
     monitor = BranchMonitor(every, guard=False) if converted_layers(network) else None
     watch = Watch(validation, None if options.progress else say, max(1, min(10, steps // 50)), monitor=monitor)
-    trainer = _trainer(stage, steps, run, index, options)
+    trainer = _trainer(module, run, index, options)
     # in this order: what validation found is logged, and what was logged is flushed before a checkpoint is written
     callbacks += [] if monitor is None else [monitor]
     trainer.callbacks += [*callbacks, validation, watch, Checkpoints(checkpoint, options.save_every)]
@@ -217,9 +253,13 @@ def _stage(
     result = StageResult(
         stage.kind, steps, tokens, round(time.monotonic() - began, 1), module.learning, validation.history
     )
-    write_text(summary, _dump(asdict(result)))
-    save_delta(network, delta, adapter_of(stage, network) if isinstance(stage, LoRA) else None)
-    checkpoint.unlink(missing_ok=True)
+    if team.leads:
+        write_text(summary, _dump(asdict(result)))
+    adapter = adapter_of(stage, network) if isinstance(stage, LoRA) else None
+    save_delta(network, delta, adapter, write=team.leads)
+    team.wait()
+    if team.leads:
+        checkpoint.unlink(missing_ok=True)
     return result
 
 
@@ -260,15 +300,18 @@ def _fit(trainer: Trainer, module: HealingModule, data: HealingData, checkpoint:
         )
 
 
-def _trainer(stage: StageConfig, steps: int, run: Run, index: int, options: Options) -> Trainer:
-    cuda = options.accelerator != "cpu" and torch.cuda.is_available()
-    precision: Any = ("bf16-mixed" if cuda else "32-true") if options.precision == "auto" else options.precision
+def _trainer(module: HealingModule, run: Run, index: int, options: Options) -> Trainer:
+    team, stage, steps = run.team, module.stage, module.steps
+    precision: Any = ("32-true" if options.cpu else "bf16-mixed") if options.precision == "auto" else options.precision
+    strategy: Any = "auto" if team.world == 1 else Sharding(team) if module.shards else "ddp"
     logs, attempt = run.folder / "logs", run.attempt(index)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*does not have many workers.*|.*GPU available.*")
         return Trainer(
             accelerator=options.accelerator,
-            devices=1,
+            devices=team.devices,
+            num_nodes=team.hosts,
+            strategy=strategy,
             precision=precision,
             max_steps=steps,
             limit_train_batches=steps * stage.accumulate,

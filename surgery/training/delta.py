@@ -15,29 +15,36 @@ from torch import Tensor, nn
 from .. import adapters
 from ..errors import SurgeryError
 from ..hub import read_settings
+from ..sharding import whole
 
 FORMAT = "surgery-delta-1"
 
 
 def learned(model: nn.Module) -> dict[str, Tensor]:
-    """Name -> tensor of everything that is not the base model's: mixers with their buffers, and adapters."""
-    return {
-        name: tensor for name, tensor in model.state_dict().items() if ".mixer." in name or adapters.is_adapter(name)
-    }
+    """Name -> tensor of everything that is not the base model's: mixers with their buffers, and adapters.
+
+    Whole, also of a model that is shared out over processes, all of which must ask for it.
+    """
+    state = model.state_dict()
+    return {name: whole(tensor) for name, tensor in state.items() if ".mixer." in name or adapters.is_adapter(name)}
 
 
-def save_delta(model: nn.Module, path: Path, adapter: dict[str, Any] | None) -> None:
+def save_delta(model: nn.Module, path: Path, adapter: dict[str, Any] | None, *, write: bool = True) -> None:
     """Write `learned(model)`; under a temporary name first.
 
-    adapter: the arguments of `surgery.adapters.inject` that made the adapter (None: there is none).
+    adapter: the arguments of `surgery.adapters.inject` that made the adapter (None: there is none). write: in one of
+    several processes.
     """
+    found = learned(model)
+    if not write:
+        return
     settings = read_settings(model.config) if hasattr(model.config, "surgery") else None
     metadata = {
         "format": FORMAT,
         "adapter": json.dumps(adapter),
         "recipe": json.dumps(None if settings is None else settings["recipe"]),
     }
-    tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in learned(model).items()}
+    tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in found.items()}
     temporary = path.with_name(path.name + ".tmp")
     save_file(tensors, temporary, metadata)
     os.replace(temporary, path)

@@ -63,6 +63,11 @@ def head_of(model: PreTrainedModel) -> Head:
             f"distillation needs the model's LM head as a plain linear layer, and {type(model).__name__} has {what}: "
             "load the model for causal language modelling, and leave the head out of adapters and quantisation"
         )
+    if hasattr(module.weight, "placements"):
+        raise SurgeryError(
+            "distillation needs the LM head while it is shared out: call fully_shard(model, "
+            "reshard_after_forward=False), which keeps it gathered from the model's forward on"
+        )
     config = model.config.get_text_config(decoder=True)
     scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
     return Head(module.weight, module.bias, scale, getattr(config, "final_logit_softcapping", None))

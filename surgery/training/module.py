@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 from transformers import PreTrainedModel
 
 from ..callbacks import AttentionTransfer
+from ..sharding import shard
 from .data.rows import model_inputs
 from .delta import learned
 from .distillation import distill
@@ -25,7 +26,7 @@ class HealingModule(LightningModule):
     """Trains what the stage's callbacks left trainable, on batches of `HealingData`.
 
     steps: optimizer steps of the whole stage. transfer: the callback that computes the loss in an attention-transfer
-    stage.
+    stage. shards: share the model out over the devices of lightning's ModelParallelStrategy.
     """
 
     def __init__(
@@ -35,14 +36,21 @@ class HealingModule(LightningModule):
         *,
         steps: int,
         transfer: AttentionTransfer | None = None,
+        shards: bool = False,
     ) -> None:
         super().__init__()
         self.model, self.stage, self.steps, self.transfer = model, stage, steps, transfer
+        self.shards = shards
         # checkpoints hold what learns; the rest is loaded from where the model came from
         self.strict_loading = False
         self.plateau: ReduceLROnPlateau | None = None
         self.learning = 0
-        self._random: dict[str, Any] | None = None
+        self._resumed: dict[str, Any] | None = None
+
+    def configure_model(self) -> None:
+        if self.shards:
+            assert self.device_mesh is not None
+            shard(self.model, self.device_mesh["data_parallel"])
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         if self.transfer is not None:
@@ -110,18 +118,30 @@ class HealingModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["state_dict"] = {f"model.{name}": tensor for name, tensor in learned(self.model).items()}
         checkpoint["plateau"] = None if self.plateau is None else self.plateau.state_dict()
-        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-        checkpoint["random"] = {"cpu": torch.get_rng_state(), "cuda": cuda}
+        own = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if self._on_gpu else None}
+        everyone: list[Any] = [own]
+        if self.trainer.world_size > 1:
+            everyone = [None] * self.trainer.world_size
+            torch.distributed.all_gather_object(everyone, own)
+        checkpoint["random"] = everyone
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._random = {**checkpoint["random"], "plateau": checkpoint["plateau"]}
+        self._resumed = {"random": checkpoint["random"], "plateau": checkpoint["plateau"]}
 
     def on_train_start(self) -> None:
-        if self._random is None:
-            return
-        torch.set_rng_state(self._random["cpu"])
-        if self._random["cuda"]:
-            torch.cuda.set_rng_state_all(self._random["cuda"])
-        if self.plateau is not None and self._random["plateau"] is not None:
-            self.plateau.load_state_dict(self._random["plateau"])
-        self._random = None
+        rank, resumed = self.trainer.global_rank, self._resumed
+        if resumed is None or rank >= len(resumed["random"]):
+            if rank:  # other dropout in every process
+                torch.manual_seed(torch.initial_seed() + rank)
+        else:
+            own = resumed["random"][rank]
+            torch.set_rng_state(own["cpu"])
+            if self._on_gpu and own["cuda"] is not None:
+                torch.cuda.set_rng_state(own["cuda"])
+        if resumed is not None and self.plateau is not None and resumed["plateau"] is not None:
+            self.plateau.load_state_dict(resumed["plateau"])
+        self._resumed = None
+
+    @property
+    def _on_gpu(self) -> bool:
+        return self.device.type == "cuda"

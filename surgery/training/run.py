@@ -10,17 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import SurgeryError
+from .processes import Team
 
 
 class Run:
     """`OUT.run`, beside the folder it will become.
 
     run.json: the request. stage-0.safetensors …: what each finished stage learned; stage-0.ckpt …: where an unfinished
-    one got to. logs: metrics of every attempt.
+    one got to. logs: metrics of every attempt. team: the processes that work on it, of which the first writes.
     """
 
-    def __init__(self, out: Path) -> None:
-        self.out = out
+    def __init__(self, out: Path, team: Team | None = None) -> None:
+        self.out, self.team = out, team or Team()
         self.folder = out.with_name(out.name + ".run")
 
     def begin(self, request: dict[str, Any]) -> bool:
@@ -54,7 +55,8 @@ class Run:
 
     def attempt(self, stage: int) -> str:
         """A name for the logs of the next attempt at a stage, in the order of attempts."""
-        return f"stage-{stage}.{len(list((self.folder / 'logs' / 'csv').glob(f'stage-{stage}.*')))}"
+        before = self.team.led(lambda: len(list((self.folder / "logs" / "csv").glob(f"stage-{stage}.*"))))
+        return f"stage-{stage}.{before}"
 
     def metrics(self) -> list[dict[str, str]]:
         """All rows that were logged, of all stages; steps that were taken again count once."""

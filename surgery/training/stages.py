@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import (
@@ -13,7 +14,9 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from typing_extensions import Self
 
+from ..errors import SurgeryError
 from ..mixers.base import Config
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -120,7 +123,8 @@ class Stage(Config):
     """What all stages share: how long, on which batches, with which AdamW.
 
     tokens, epochs: the length of the stage; exactly one of the two.
-    batch_size: sequences in one forward pass of one device; `accumulate` such passes make one optimizer step.
+    batch_size: sequences in one forward pass; `accumulate` such passes make one optimizer step. Several devices share
+        them out (`on`), so that a step is the same on any number.
     temperature: cool the feature maps down on the way. window_dropout: leave windows out now and then.
     mixing: how often rows of each domain come; null: as often as they are in the data.
     packing: what a sequence is, "stream" whatever was cut from the text, or "documents" with no attention, window or
@@ -148,6 +152,21 @@ class Stage(Config):
         if (self.tokens is None) == (self.epochs is None):
             raise ValueError("a stage needs exactly one of `tokens` and `epochs`, to know when it ends")
         return self
+
+    def on(self, devices: int) -> Self:
+        """The stage as each of so many devices runs it: they share out the passes of a step, then the rows of a pass.
+
+        Raises:
+            SurgeryError: that leaves some with more than others.
+        """
+        passes = math.gcd(self.accumulate, devices)
+        rows, rest = divmod(self.batch_size, devices // passes)
+        if rest or not rows:
+            raise SurgeryError(
+                f"{devices} devices cannot share out a step of {self.accumulate} passes of {self.batch_size} rows: "
+                f"give the stage an accumulate or a batch_size that is a multiple of {devices}"
+            )
+        return self.model_copy(update={"batch_size": rows, "accumulate": self.accumulate // passes})
 
 
 class TransferLoss(Config):

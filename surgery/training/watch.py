@@ -116,7 +116,7 @@ class Watch(StepCallback):
         if step % self.every and not speaks and validated is None:
             return
         name = "loss" if module.transfer is None else "transfer_loss"
-        loss = float(trainer.callback_metrics[name])
+        loss = float(trainer.strategy.reduce(trainer.callback_metrics[name].to(module.device), reduce_op="mean"))
         if not math.isfinite(loss):
             raise SurgeryError(
                 f"the {name} is {loss} at step {step} of the {module.stage.kind} stage: lower the stage's lr, or set "
