@@ -19,16 +19,23 @@ if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
 
 pytest.importorskip("triton")
 SLIDING, TERRACED, WIDE = Window(7), Window(6, "terraced"), Window(20)
+SINKS, TERRACED_SINKS = Window(7, sinks=3), Window(6, "terraced", sinks=5)
 FORMS = {
     "window-sliding": ("window_attention", lambda d: window(d, SLIDING)),
     "window-terraced": ("window_attention", lambda d: window(d, TERRACED)),
     "window-softcap": ("window_attention", lambda d: window(d, WIDE, softcap=0.8)),
+    "window-sinks": ("window_attention", lambda d: window(d, SINKS)),
+    "window-terraced-sinks": ("window_attention", lambda d: window(d, TERRACED_SINKS, softcap=0.8)),
     "logmass": ("hybrid_attention", lambda d: hybrid(d, SLIDING, "logmass")),
     "logmass-tile": ("hybrid_attention", lambda d: hybrid(d, Window(16), "logmass")),
     "logmass-terraced": ("hybrid_attention", lambda d: hybrid(d, Window(16, "terraced"), "logmass")),
     "logmass-per-head-raw": ("hybrid_attention", lambda d: hybrid(d, WIDE, "logmass", per_head=True, raw=True)),
+    "logmass-sinks-raw": ("hybrid_attention", lambda d: hybrid(d, SINKS, "logmass", per_head=True, raw=True)),
+    "logmass-many-sinks": ("hybrid_attention", lambda d: hybrid(d, Window(3, sinks=16), "logmass")),
     "joint": ("hybrid_attention", lambda d: hybrid(d, SLIDING)),
     "joint-terraced-softcap": ("hybrid_attention", lambda d: hybrid(d, TERRACED, softcap=0.8)),
+    "joint-sinks-softcap": ("hybrid_attention", lambda d: hybrid(d, SINKS, softcap=0.8)),
+    "joint-terraced-sinks": ("hybrid_attention", lambda d: hybrid(d, TERRACED_SINKS)),
     "joint-per-head": ("hybrid_attention", lambda d: hybrid(d, WIDE, per_head=True)),
 }
 
@@ -90,13 +97,17 @@ def test_states_by_one_sweep(monkeypatch):
     assert continues("logmass-terraced")
 
 
-def test_gradients_of_a_carried_state():
-    ours, exact = cases("logmass", Shape(60))
-    state = exact.span(0, 20).run("reference")[1]
+@pytest.mark.parametrize(
+    ("form", "seen"), [("logmass", 20), ("logmass-sinks-raw", 20), ("joint-sinks-softcap", 9), ("window-sinks", 9)]
+)
+def test_gradients_of_a_carried_state(form, seen):
+    """With 9 tokens seen, some sinks are still in the ring of 7."""
+    ours, exact = cases(form, Shape(seen + 40))
+    state = exact.span(0, seen).run("reference")[1]
     single = {n: x.float() if x.is_floating_point() else x for n, x in state.items()}
     lengths = torch.tensor([40, 31])
-    found = gradients(ours.span(20, 60), "triton", single, lengths=lengths)
-    assert difference(found, gradients(exact.span(20, 60), "chunked", state, lengths=lengths)) < 1e-5
+    found = gradients(ours.span(seen, seen + 40), "triton", single, lengths=lengths)
+    assert difference(found, gradients(exact.span(seen, seen + 40), "chunked", state, lengths=lengths)) < 1e-5
 
 
 @pytest.mark.parametrize("tokens", [1, 15, 63, 65])
@@ -180,8 +191,8 @@ def test_is_an_operation_torch_knows():
     phi, mass = mapped(a["q"].requires_grad_(), a["features_q"], a["mix"], False)
     psi, _ = mapped(a["k"], a["features_k"], a["mix"], True)
     phi, psi, mass = (x.detach().requires_grad_() for x in (phi, psi, mass))
-    tensors = (a["q"], a["k"].requires_grad_(), a["v"].requires_grad_(), phi, psi, mass, None, None, None)
-    torch.library.opcheck(torch.ops.surgery.mixed_attention.default, (*tensors, 7, False, False, 0.4, 0.0))
+    tensors = (a["q"], a["k"].requires_grad_(), a["v"].requires_grad_(), phi, psi, mass, None, None, None, None, None)
+    torch.library.opcheck(torch.ops.surgery.mixed_attention.default, (*tensors, 7, 0, False, False, 0.4, 0.0))
     weights = (a["features_k"].weight, None, a["mix"].k_weight, a["mix"].k_bias)
     weights = [None if w is None else w.requires_grad_() for w in weights]
     torch.library.opcheck(torch.ops.surgery.hedgehog.default, (a["k"], *weights, True))
@@ -197,6 +208,6 @@ def test_compiles_into_one_graph():
 
 def test_what_no_kernel_covers_runs_chunked():
     for form in (window, hybrid):
-        call = Call(kernels.OPS[f"{form.__name__}_attention"], form(Draw(Shape(9), torch.float32), Window(3, sinks=2)))
+        call = Call(kernels.OPS[f"{form.__name__}_attention"], form(Draw(Shape(9), torch.float32), Window(3, sinks=17)))
         found, expected = call.run("triton"), call.run("chunked")
         assert agree(found, expected, allowed=1e-9)

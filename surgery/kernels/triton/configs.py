@@ -42,8 +42,8 @@ def config(kind: str, score: int, output: int, bits: int) -> Config:
 
 # of mixed attention and the hedgehog map, stages by kernel. More warps share registers that few kernels can spare
 STAGES = {
-    "states": 3, "increments": 1, "outputs": 1, "queries": 1, "features": 1, "keys": 2, "map": 1, "map rows": 1,
-    "map weights": 3,
+    "states": 3, "increments": 1, "outputs": 1, "queries": 1, "features": 1, "keys": 2, "sinks": 1, "map": 1,
+    "map rows": 1, "map weights": 3,
 }  # fmt: skip
 LAUNCH = {
     (kernel, widest): (8 if widest == 256 or (widest == 128 and kernel == "increments") else 4, stages)

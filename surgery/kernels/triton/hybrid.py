@@ -1,4 +1,4 @@
-"""Window and hybrid attention by kernels; what none covers (fp64, sinks, more than 256 columns) runs chunked."""
+"""Window and hybrid attention by kernels; what none covers (fp64, more than 256 columns) runs chunked."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..chunked.tiles import Tiles, real
 from ..specs import Features, Joint, LogMass, State, Window
 from . import hedgehog
 from .decay import WIDEST, require_gpu
-from .mixed import mixed_attention
+from .mixed import MOST_SINKS, mixed_attention
 
 BLOCK = 4096
 """Tokens summed into a final state at a time."""
@@ -25,7 +25,7 @@ BLOCK = 4096
 class Row(NamedTuple):
     """The tokens of a call behind those that the carried ring kept.
 
-    kept: how many those are. k, v, linear_k: [B, kept + T, H_kv, D]. start: as `mixed_attention` takes it.
+    kept: how many those are. k, v, linear_k: [B, kept + T, H_kv, D]. sinks, start: as `mixed_attention` takes them.
     """
 
     tiles: Tiles
@@ -34,6 +34,7 @@ class Row(NamedTuple):
     k: Tensor
     v: Tensor
     linear_k: Tensor
+    sinks: State
     start: Tensor | None
 
     @classmethod
@@ -61,16 +62,18 @@ class Row(NamedTuple):
             seen = k if linear_k is None else ring.ring["ring_linear_k"]
         if start is not None:
             start = start.expand(batch, -1).to(torch.int32).contiguous()
-        return cls(tiles, ring, kept, k.to(q.dtype), v.to(q.dtype), seen, start)
+        sinks = {n: x.to(q.dtype) for n, x in (state or {}).items() if n.startswith("sink_")}
+        return cls(tiles, ring, kept, k.to(q.dtype), v.to(q.dtype), seen, sinks, start)
 
     def behind(self, x: Tensor) -> Tensor:
         """[B, T, ...] -> [B, kept + T, ...], zeros in front."""
         return functional.pad(x, (0, 0) * (x.ndim - 2) + (self.kept, 0)) if self.kept else x
 
     def enters(self) -> Tensor:
-        """[B or 1, kept + T]: the keys that have left the ring of the row's last document by its end."""
+        """[B or 1, kept + T]: the keys that have left the ring of the row's last document by its end, but for sinks."""
         position = torch.arange(-self.kept, self.tiles.tokens, device=self.k.device)
-        return (position >= self.tiles.end) & (position < self.tiles.length - self.tiles.ring)
+        first = self.tiles.end + self.ring.window.sinks
+        return (position >= first) & (position < self.tiles.length - self.tiles.ring)
 
     def final_sums(self, psi: Tensor, state: State | None) -> State:
         """S [B, H_s, F, D_v] and z [B, H_s, F] after the call, in fp32."""
@@ -92,7 +95,9 @@ class Row(NamedTuple):
 
 def covers(q: Tensor, v: Tensor, window: Window) -> bool:
     """Whether the kernels run this."""
-    if q.dtype.itemsize > 4 or window.sinks or not window.size or max(q.shape[-1], v.shape[-1]) > WIDEST:
+    if q.dtype.itemsize > 4 or max(q.shape[-1], v.shape[-1]) > WIDEST:
+        return False
+    if not window.size or window.sinks > MOST_SINKS:
         return False
     require_gpu(q)
     return True
@@ -132,7 +137,9 @@ def window_attention(
         )  # fmt: skip
     q, k, v = real(lengths, q, k, v)
     row = Row.of(q, k, v, None, window, state, lengths, segments)
-    y = mixed_attention(row.behind(q), row.k, row.v, window, scale=scaling, softcap=softcap, start=row.start)
+    y = mixed_attention(
+        row.behind(q), row.k, row.v, window, scale=scaling, softcap=softcap, **row.sinks, start=row.start
+    )
     return y[:, row.kept :], row.ring.state(row.tiles) if return_state else None
 
 
@@ -173,16 +180,13 @@ def hybrid_attention(
     log_mass = log_factor = None
     if isinstance(mix, LogMass):
         log_mass = row.behind(a)
-    elif window.size:
-        log_factor = mix.factor.log()
     else:
-        # with no largest score to compare with, any number does
-        log_mass = torch.zeros(row.behind(q).shape[:3], device=q.device)
+        log_factor = mix.factor.log()
     phi = row.behind(phi)
     S, z = (None, None) if state is None else (state["S"], state["z"])
     y = mixed_attention(
         row.behind(q), row.k, row.v, window, scale=scaling, softcap=softcap, phi=phi, psi=psi, log_mass=log_mass,
-        log_factor=log_factor, S=S, z=z, start=row.start,
+        log_factor=log_factor, S=S, z=z, **row.sinks, start=row.start,
     )  # fmt: skip
     y = y[:, row.kept :]
     return y, row.final_sums(psi, state) | row.ring.state(row.tiles) if return_state else None

@@ -2,125 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
 from ..specs import Window
-from .configs import launch, padded
-from .decay import INTERPRET
-from .mixed_backward import feature_gradients, key_gradients, query_gradients
+from .configs import padded
+from .mixed_backward import feature_gradients, key_gradients, query_gradients, sink_gradients
+from .mixed_call import Call
 from .mixed_forward import tile_outputs
-from .mixed_states import key_increments, query_increments, scan_states, state_sweep
+from .mixed_states import gather_sinks, key_increments, query_increments, scan_states, state_sweep
 from .sweeps import excess_rows
 
-
-class Geometry(NamedTuple):
-    """How tiles of C tokens meet a window: they see their own chunk and `back` before it, of which the last `near`,
-    their own among them, hold no pair beyond the window."""
-
-    chunk: int
-    back: int
-    near: int
-
-    @classmethod
-    def of(cls, size: int, terraced: bool, aligned: bool, linear: bool, chunk: int) -> Geometry:
-        """aligned: all documents start where chunks do."""
-        if not terraced:
-            back, near = triton.cdiv(size - 1, chunk), size // chunk
-        elif aligned and size % chunk == 0:
-            back, near = 2 * size // chunk - 1, size // chunk + 1
-        else:
-            back, near = triton.cdiv(2 * size - 1, chunk), (size + 1) // chunk
-        return cls(chunk, back, min(near, back + 1) if linear else back + 1)
-
-
-class Call(NamedTuple):
-    """What every kernel of one call is told. linear: φ [B, T, H, F] and ψ [B, T, H_s, F], or nothing."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    phi: Tensor | None
-    psi: Tensor | None
-    start: Tensor | None
-    carried: bool
-    window: int
-    terraced: bool
-    joint: bool
-    scale: float
-    cap: float
-
-    @property
-    def features(self) -> int:
-        return 0 if self.psi is None else self.psi.shape[3]
-
-    @property
-    def state_heads(self) -> int:
-        return self.k.shape[2] if self.psi is None else self.psi.shape[2]
-
-    @property
-    def operand(self) -> torch.dtype:
-        """Of features and states: e^b would leave the range of fp16."""
-        return torch.bfloat16 if self.q.dtype == torch.bfloat16 else torch.float32
-
-    @property
-    def geometry(self) -> Geometry:
-        chunk = 64 if self.q.element_size() == 2 else 16
-        return Geometry.of(self.window, self.terraced, self.start is None, self.psi is not None, chunk)
-
-    @property
-    def states(self) -> int:
-        """M: how many states are read, at least one."""
-        return max(1, triton.cdiv(self.q.shape[1], self.geometry.chunk) - self.geometry.back)
-
-    @property
-    def common(self) -> dict[str, Any]:
-        return {
-            "H_S": self.state_heads,
-            "C": self.geometry.chunk,
-            "START": self.start is not None,
-            "PRECISION": "tf32" if self.q.dtype == torch.float16 else "ieee",
-            "INTERPRET": INTERPRET,
-        }
-
-    def told(self, kernel: Any) -> dict[str, Any]:
-        """What a kernel that looks at pairs asks for by name."""
-        d, v, f = self.q.shape[3], self.v.shape[3], self.features
-        known = self.common | {
-            "H": self.q.shape[2],
-            "H_KV": self.k.shape[2],
-            "D_WIDTH": d,
-            "V_WIDTH": v,
-            "F_WIDTH": f,
-            "D": padded(d),
-            "V": padded(v),
-            "F": padded(f) if f else 16,
-            "W": self.window,
-            "TERRACED": self.terraced,
-            "BACK": self.geometry.back,
-            "NEAR": self.geometry.near,
-            "LINEAR": self.psi is not None,
-            "JOINT": self.joint,
-            "CAP": self.cap > 0,
-            "CARRIED": self.carried,
-        }
-        return {name: x for name, x in known.items() if name in kernel.arg_names}
-
-    def launch(self, kernel: str) -> dict[str, int]:
-        return launch(kernel, self.q.shape[3], self.v.shape[3], self.features)
-
-    def grid(self, heads: int) -> tuple[int, int, int]:
-        return heads, triton.cdiv(self.q.shape[1], self.geometry.chunk), self.q.shape[0]
-
-    @property
-    def rows(self) -> int:
-        """F of the programs that sum one chunk."""
-        return min(padded(self.features), 128)
-
-
+MOST_SINKS = 16
+"""As many as the smallest tile has rows."""
 FEW = 256
 """Programs of a sweep that leave much of a GPU idle."""
 
@@ -154,18 +51,49 @@ def query_states(
 ) -> tuple[Tensor, Tensor]:
     """What each tile of queries and all later ones ask of the state that they read; dS and dz: if it was carried."""
     (batch, tokens), heads, f = call.q.shape[:2], call.state_heads, call.features
-    count = triton.cdiv(tokens, call.geometry.chunk)
+    count = call.tiles
     states = call.q.new_empty((batch, heads, count, f, call.v.shape[3]), dtype=call.operand)
     zs = call.q.new_empty((batch, heads, count, f), dtype=torch.float32)
     query_increments[(count * triton.cdiv(f, call.rows), heads, batch)](
         call.phi, dy, delta, factor, call.start, states, zs, tokens, count,
         **call.told(query_increments) | {"F": call.rows}, **call.launch("increments"),
     )  # fmt: skip
-    # without a carried state the first tiles read nothing
-    steps = count if call.carried else max(0, count - 1 - call.geometry.back)
-    scan(call, states, None, dS, steps, True)
-    scan(call, zs, None, dz, steps, True)
+    scan(call, states, None, dS, call.readers, True)
+    scan(call, zs, None, dz, call.readers, True)
     return states, zs
+
+
+def tile_sinks(call: Call, x: Tensor, carried: Tensor | None) -> Tensor | None:
+    """The sinks that each tile of queries finds nowhere else: [B, N, SINKS, H_kv, D]."""
+    if not call.sinks:
+        return None
+    width = x.shape[2] * x.shape[3]
+    sinks = x.new_empty(x.shape[0], call.tiles, call.sinks, *x.shape[2:])
+    gather_sinks[(triton.cdiv(width, 256), call.tiles, x.shape[0])](
+        x, carried, call.start, sinks, x.shape[1], call.tiles, **call.told(gather_sinks), WIDTH=width, X=256
+    )
+    return sinks
+
+
+def later_sinks(
+    call: Call, k: Tensor | None, v: Tensor | None, kept_k: Tensor, kept_v: Tensor, *rows: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """What each tile and all later ones ask of its sinks: [B, H_kv, N, SINKS, D]; kept_k, kept_v: of carried ones."""
+    if k is None or v is None:
+        return None, None
+    found = [torch.empty_like(x.permute(0, 3, 1, 2, 4), dtype=torch.float32).contiguous() for x in (k, v)]
+    sink_gradients[call.grid(k.shape[3])](
+        call.q, k, v, call.start, *rows, *found, call.q.shape[1], call.scale, call.cap,
+        **call.told(sink_gradients), **call.launch("sinks"),
+    )  # fmt: skip
+    for x, kept, scale in ((found[0], kept_k, call.scale), (found[1], kept_v, 1.0)):
+        last = torch.empty_like(x[:, :, 0])
+        scan(call, x, None, last, call.readers, True)
+        if call.carried:
+            assert call.start is not None
+            outside = call.start[:, :1] + torch.arange(call.sinks, device=x.device) < 0
+            kept.copy_((last * scale).transpose(1, 2).where(outside[..., None, None], 0))
+    return found[0], found[1]
 
 
 def scan(call: Call, states: Tensor, first: Tensor | None, last: Tensor | None, steps: int, reverse: bool) -> None:
@@ -190,8 +118,11 @@ def _forward(
     mass: Tensor | None,
     S: Tensor | None,
     z: Tensor | None,
+    sink_k: Tensor | None,
+    sink_v: Tensor | None,
     start: Tensor | None,
     window: int,
+    sinks: int,
     terraced: bool,
     joint: bool,
     scale: float,
@@ -200,18 +131,20 @@ def _forward(
     """y, the logs of the rows' normalisers [B, T, H], the factors of their linear weights, and where their largest
     score is; empty where there is no such thing."""
     q, k, v, phi, psi, mass, S, z, start = _contiguous(q, k, v, phi, psi, mass, S, z, start)
-    call = Call(q, k, v, phi, psi, start, S is not None, window, terraced, joint, scale, cap)
+    carried = S is not None or sink_k is not None
+    call = Call(q, k, v, phi, psi, start, carried, window, sinks, terraced, joint, scale, cap)
     y, log_total, factor, top = _outputs(q, v, psi is not None, joint)
     states, zs = key_states(call, S, z) if psi is not None else (None, None)
     tile_outputs[call.grid(q.shape[2])](
-        q, k, v, phi, psi, mass, start, states, zs, y, log_total, factor, top, q.shape[1], call.states, scale, cap,
-        **call.told(tile_outputs), **call.launch("outputs"),
+        q, k, v, phi, psi, mass, start, states, zs, tile_sinks(call, k, sink_k), tile_sinks(call, v, sink_v), y,
+        log_total, factor, top, q.shape[1], call.states, scale, cap, **call.told(tile_outputs),
+        **call.launch("outputs"),
     )  # fmt: skip
     return y, log_total, factor, top
 
 
 @_forward.register_fake
-def _(q, k, v, phi, psi, mass, S, z, start, window, terraced, joint, scale, cap):
+def _(q, k, v, phi, psi, mass, S, z, sink_k, sink_v, start, window, sinks, terraced, joint, scale, cap):
     return _outputs(q, v, psi is not None, joint)
 
 
@@ -237,28 +170,34 @@ def _backward(
     psi: Tensor | None,
     S: Tensor | None,
     z: Tensor | None,
+    sink_k: Tensor | None,
+    sink_v: Tensor | None,
     start: Tensor | None,
     y: Tensor,
     log_total: Tensor,
     factor: Tensor,
     top: Tensor,
     window: int,
+    sinks: int,
     terraced: bool,
     joint: bool,
     scale: float,
     cap: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, φ, ψ, a (per row), S and z; empty where there is nothing to take one of."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, φ, ψ, a (per row), S, z and carried sinks; empty where there is nothing to take one of."""
     dy, q, k, v, phi, psi, S, z, start = _contiguous(dy, q, k, v, phi, psi, S, z, start)
-    call = Call(q, k, v, phi, psi, start, S is not None, window, terraced, joint, scale, cap)
-    dq, dk, dv, dphi, dpsi, dmass, dS, dz = _gradients(q, k, v, phi, psi, S, z)
+    carried = S is not None or sink_k is not None
+    call = Call(q, k, v, phi, psi, start, carried, window, sinks, terraced, joint, scale, cap)
+    found = _gradients(q, k, v, phi, psi, S, z, sink_k, sink_v)
+    dq, dk, dv, dphi, dpsi, dmass, dS, dz, dsink_k, dsink_v = found
     delta = torch.empty_like(log_total)
     rows, width = delta.numel(), v.shape[3]
     excess_rows[(triton.cdiv(rows, 32),)](dy, y, None, delta, rows, WIDTH=width, R=32, X=padded(width), REST=False)
     states, zs = key_states(call, S, z) if psi is not None else (None, None)
+    k_sinks, v_sinks = tile_sinks(call, k, sink_k), tile_sinks(call, v, sink_v)
     query_gradients[call.grid(q.shape[2])](
-        q, k, v, phi, psi, start, states, zs, dy, delta, log_total, factor, top, dq, dphi, dmass, q.shape[1],
-        call.states, scale, cap, **call.told(query_gradients), **call.launch("queries"),
+        q, k, v, phi, psi, start, states, zs, k_sinks, v_sinks, dy, delta, log_total, factor, top, dq, dphi, dmass,
+        q.shape[1], call.states, scale, cap, **call.told(query_gradients), **call.launch("queries"),
     )  # fmt: skip
     part = q.new_empty(0)
     if psi is not None:
@@ -268,44 +207,43 @@ def _backward(
             v, phi, psi, start, states, zs, dy, delta, factor, part, dpsi, q.shape[1],
             **call.told(feature_gradients), **call.launch("features"),
         )  # fmt: skip
+    later = later_sinks(call, k_sinks, v_sinks, dsink_k, dsink_v, dy, delta, log_total, top, dmass)
     key_gradients[call.grid(k.shape[2])](
-        q, k, v, start, dy, delta, log_total, top, dmass, part, dk, dv, q.shape[1], scale, cap,
+        q, k, v, start, dy, delta, log_total, top, dmass, part, *later, dk, dv, q.shape[1], scale, cap,
         **call.told(key_gradients), **call.launch("keys"),
     )  # fmt: skip
-    return dq, dk, dv, dphi, dpsi, dmass, dS, dz
+    return found
 
 
 @_backward.register_fake
-def _(dy, q, k, v, phi, psi, S, z, start, y, log_total, factor, top, window, terraced, joint, scale, cap):
-    return _gradients(q, k, v, phi, psi, S, z)
+def _(dy, q, k, v, phi, psi, S, z, sink_k, sink_v, *_):
+    return _gradients(q, k, v, phi, psi, S, z, sink_k, sink_v)
 
 
-def _gradients(
-    q: Tensor, k: Tensor, v: Tensor, phi: Tensor | None, psi: Tensor | None, S: Tensor | None, z: Tensor | None
-) -> tuple[Tensor, ...]:
+def _gradients(q: Tensor, k: Tensor, v: Tensor, phi: Tensor | None, psi: Tensor | None, *kept: Tensor | None) -> Any:
     def like(x: Tensor | None) -> Tensor:
         return q.new_empty(0) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format)
 
     dmass = q.new_empty(q.shape[:3] if psi is not None else (0,), dtype=torch.float32)
-    return like(q), like(k), like(v), like(phi), like(psi), dmass, like(S), like(z)
+    return like(q), like(k), like(v), like(phi), like(psi), dmass, *map(like, kept)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, k, v, phi, psi, mass, S, z, start, *ctx.scalars = inputs
-    ctx.save_for_backward(q, k, v, phi, psi, S, z, start, *output)
+    q, k, v, phi, psi, _mass, S, z, sink_k, sink_v, start, *ctx.scalars = inputs
+    ctx.save_for_backward(q, k, v, phi, psi, S, z, sink_k, sink_v, start, *output)
     ctx.set_materialize_grads(False)
 
 
 def _chain(ctx: Any, dy: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
     *tensors, y, log_total, factor, top = ctx.saved_tensors
     dy = torch.zeros_like(y) if dy is None else dy
-    joint = ctx.scalars[2]
-    dq, dk, dv, dphi, dpsi, dmass, dS, dz = _backward(dy, *tensors, y, log_total, factor, top, *ctx.scalars)
-    # a number per head is subtracted from the largest score
-    dmass = -dmass.sum((0, 1)) if joint else dmass
-    found = (dq, dk, dv, dphi, dpsi, dmass, dS, dz)
+    joint = ctx.scalars[3]
+    found = list(_backward(dy, *tensors, y, log_total, factor, top, *ctx.scalars))
+    if joint:
+        # a number per head is subtracted from the largest score
+        found[5] = -found[5].sum((0, 1))
     gradients = (x if wanted else None for x, wanted in zip(found, ctx.needs_input_grad, strict=False))
-    return *gradients, None, None, None, None, None, None
+    return *gradients, *[None] * 7
 
 
 _forward.register_autograd(_chain, setup_context=_setup)
@@ -325,6 +263,8 @@ def mixed_attention(
     log_factor: Tensor | None = None,
     S: Tensor | None = None,
     z: Tensor | None = None,
+    sink_k: Tensor | None = None,
+    sink_v: Tensor | None = None,
     start: Tensor | None = None,
 ) -> Tensor:
     """Softmax over a window and, if φ and ψ are given, linear attention to all other earlier keys, one normaliser:
@@ -334,11 +274,12 @@ def mixed_attention(
     with s_ij = scale q_i·k_j, capped as in `window_attention`.
 
     q: [B, T, H, D]; k: [B, T, H_kv, D]; v: [B, T, H_kv, D_v]; fp32, fp16 or bf16, all the same; D and D_v up to 256.
-    window: without sinks.
+    window: not of size 0, and with at most MOST_SINKS sinks.
     phi: [B, T, H, F]; psi: [B, T, H_s, F], not negative, F up to 256; bf16 if q is, else fp32. H_s: a multiple of H_kv.
     log_mass: a [B, T, H], fp32; or log_factor: [H] fp32, and a_i is the largest score of the window less it (LoLCATs).
-    S: [B, H_s, F, D_v] and z: [B, H_s, F], the sums over keys before the first. start: int32 [B, T], where each token's
-    document starts; negative before the first token, and only such tokens read S and z. None: at the first token.
+    S: [B, H_s, F, D_v] and z: [B, H_s, F], the sums over keys before the first, without sinks. sink_k, sink_v: [B, s,
+    H_kv, D], the first keys of the document that goes on. start: int32 [B, T], where each token's document starts;
+    negative before the first token, and only such tokens read what was carried. None: at the first token.
     Returns y [B, T, H, D_v] in q's dtype.
     """
     mass = log_mass if log_factor is None else log_factor
@@ -346,6 +287,7 @@ def mixed_attention(
     size, terraced = window.size, window.layout == "terraced"
     cap = 0.0 if softcap is None else float(softcap)
     y, *_ = _forward(
-        q, k, v, phi, psi, *numbers, start, size, terraced, log_factor is not None, float(scale), cap
+        q, k, v, phi, psi, *numbers, sink_k, sink_v, start, size, window.sinks, terraced, log_factor is not None,
+        float(scale), cap,
     )  # fmt: skip
     return y

@@ -8,17 +8,32 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .mixed_tiles import LARGEST, NEVER, load_matrix, load_vector, logarithm, pairs, power, scored, starts
+from .mixed_tiles import LARGEST, NEVER, load_matrix, load_vector, logarithm, pairs, power, scored, sink_keys, starts
 from .tiles import load_each, load_rows, store_each, store_rows
 
 
 @triton.jit
-def window_top(
-    q, k_ptr, start, b, n, T, scale, cap, kv,
-    H_KV: tl.constexpr, D_WIDTH: tl.constexpr, C: tl.constexpr, D: tl.constexpr, W: tl.constexpr,
-    TERRACED: tl.constexpr, BACK: tl.constexpr, CAP: tl.constexpr, PRECISION: tl.constexpr, INTERPRET: tl.constexpr,
+def raise_top(
+    top, found, q, k, start, query, first, key, scale, cap,
+    W: tl.constexpr, TERRACED: tl.constexpr, SINKS: tl.constexpr, CAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The largest score of each query in its window, and the position of its key."""
+    """The largest score so far and the position of its key, with one more tile of keys, the first at `first`."""
+    s = scored(tl.dot(q, tl.trans(k), input_precision=PRECISION), scale, cap, CAP)
+    near, _ = pairs(query[:, None], key[None, :], start[:, None], W, TERRACED, SINKS)
+    s = tl.where(near, s, NEVER)
+    largest = tl.max(s, 1)
+    found = tl.where(largest > top, first + tl.argmax(s, 1), found)
+    return tl.maximum(largest, top), found
+
+
+@triton.jit
+def window_top(
+    q, k_ptr, sink_k_ptr, sinks, start, b, n, T, scale, cap, kv,
+    H_KV: tl.constexpr, D_WIDTH: tl.constexpr, C: tl.constexpr, D: tl.constexpr, W: tl.constexpr,
+    TERRACED: tl.constexpr, SINKS: tl.constexpr, BACK: tl.constexpr, CAP: tl.constexpr, CARRIED: tl.constexpr,
+    PRECISION: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """The largest score of each query in its window and among the sinks, and the position of its key."""
     r = tl.arange(0, C)
     query = n * C + r
     top = tl.full([C], NEVER, tl.float32)
@@ -27,31 +42,31 @@ def window_top(
         first = (n - back) * C
         if first >= 0:
             k = load_rows(k_ptr, b * T + first, T - first, kv, 0, H_KV, D_WIDTH, C, D, INTERPRET)
-            s = scored(tl.dot(q, tl.trans(k), input_precision=PRECISION), scale, cap, CAP)
-            near, _ = pairs(query[:, None], (first + r)[None, :], start[:, None], W, TERRACED)
-            s = tl.where(near, s, NEVER)
-            largest = tl.max(s, 1)
-            index = first + tl.argmax(s, 1)
-            found = tl.where(largest > top, index, found)
-            top = tl.maximum(largest, top)
+            top, found = raise_top(
+                top, found, q, k, start, query, first, first + r, scale, cap, W, TERRACED, SINKS, CAP, PRECISION
+            )  # fmt: skip
+    if SINKS:  # noqa: SIM102
+        if CARRIED or n > BACK:
+            at = (b * tl.cdiv(T, C) + n) * SINKS
+            k = load_rows(sink_k_ptr, at, SINKS, kv, 0, H_KV, D_WIDTH, C, D, INTERPRET)
+            top, found = raise_top(
+                top, found, q, k, start, query, tl.min(sinks, 0), sinks, scale, cap, W, TERRACED, SINKS, CAP, PRECISION
+            )  # fmt: skip
     return top, found
 
 
 @triton.jit
 def add_tile(
-    y, total, unit, q, phi, a, start, k_ptr, v_ptr, psi_ptr, b, n, back, T, scale, cap, kv, state_head,
+    y, total, unit, q, phi, a, start, k_ptr, v_ptr, psi_ptr, query, key, row, live, scale, cap, kv, state_head,
     H_S: tl.constexpr, H_KV: tl.constexpr, D_WIDTH: tl.constexpr, V_WIDTH: tl.constexpr, F_WIDTH: tl.constexpr,
     C: tl.constexpr, D: tl.constexpr, V: tl.constexpr, F: tl.constexpr, W: tl.constexpr, TERRACED: tl.constexpr,
-    LINEAR: tl.constexpr, CAP: tl.constexpr, PRECISION: tl.constexpr, INTERPRET: tl.constexpr,
+    SINKS: tl.constexpr, LINEAR: tl.constexpr, CAP: tl.constexpr, PRECISION: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """Sums over one more chunk of keys, `back` chunks before the queries: of weights in units of e^unit, and of w·v."""
+    """Sums over one more tile of keys, at rows row … of their tensors: of weights in units of e^unit, and of w·v."""
     operand = tl.float32 if INTERPRET else v_ptr.dtype.element_ty
-    r = tl.arange(0, C)
-    query, key = n * C + r, (n - back) * C + r
-    row, live = b * T + (n - back) * C, T - (n - back) * C
     k = load_rows(k_ptr, row, live, kv, 0, H_KV, D_WIDTH, C, D, INTERPRET)
     s = scored(tl.dot(q, tl.trans(k), input_precision=PRECISION), scale, cap, CAP)
-    near, far = pairs(query[:, None], key[None, :], start[:, None], W, TERRACED)
+    near, far = pairs(query[:, None], key[None, :], start[:, None], W, TERRACED, SINKS)
     s = tl.where(near, s, NEVER)
     largest = tl.maximum(unit, tl.max(s, 1))
     if LINEAR:
@@ -73,25 +88,30 @@ def add_tile(
 
 @triton.jit(do_not_specialize=["T", "M"])
 def tile_outputs(
-    q_ptr, k_ptr, v_ptr, phi_ptr, psi_ptr, mass_ptr, start_ptr, states_ptr, zs_ptr, y_ptr, log_ptr, factor_ptr, top_ptr,
+    q_ptr, k_ptr, v_ptr, phi_ptr, psi_ptr, mass_ptr, start_ptr, states_ptr, zs_ptr, sink_k_ptr, sink_v_ptr, y_ptr,
+    log_ptr, factor_ptr, top_ptr,
     T, M, scale, cap,
     H: tl.constexpr, H_S: tl.constexpr, H_KV: tl.constexpr,
     D_WIDTH: tl.constexpr, V_WIDTH: tl.constexpr, F_WIDTH: tl.constexpr,
     C: tl.constexpr, D: tl.constexpr, V: tl.constexpr, F: tl.constexpr, W: tl.constexpr, TERRACED: tl.constexpr,
-    BACK: tl.constexpr, NEAR: tl.constexpr, LINEAR: tl.constexpr, JOINT: tl.constexpr, CAP: tl.constexpr,
-    START: tl.constexpr, CARRIED: tl.constexpr, PRECISION: tl.constexpr, INTERPRET: tl.constexpr,
+    SINKS: tl.constexpr, BACK: tl.constexpr, NEAR: tl.constexpr, LINEAR: tl.constexpr, JOINT: tl.constexpr,
+    CAP: tl.constexpr, START: tl.constexpr, CARRIED: tl.constexpr, PRECISION: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """y of C queries of one head, the log of each row's normaliser, and what its linear weights were multiplied by.
 
     A weight is e^(s_ij) in the window and e^(a_i) φ_i·ψ_j beyond it, with a_i the log-mass or, if JOINT, the largest
     score of the window less a number per head; then the position of that score is kept too.
     The chunks from BACK to NEAR before the queries' own may hold pairs of both kinds, the last NEAR of them none beyond
-    the window.
+    the window. Sinks before all those chunks are one tile more.
     """
     head, n, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     state_head, kv = head // (H // H_S), head // (H // H_KV)
-    row, live = b * T + n * C, T - n * C
+    r = tl.arange(0, C)
+    row, live, query = b * T + n * C, T - n * C, n * C + r
     start = starts(start_ptr, row, live, START, C)
+    sinks = query
+    if SINKS:
+        sinks = sink_keys(start_ptr, b, n, T, BACK, START, SINKS, C)
     q = load_rows(q_ptr, row, live, head, 0, H, D_WIDTH, C, D, INTERPRET)
     unit = tl.full([C], NEVER, tl.float32)
     total = tl.zeros([C], tl.float32)
@@ -101,8 +121,8 @@ def tile_outputs(
     if LINEAR:
         if JOINT:
             top, found = window_top(
-                q, k_ptr, start, b, n, T, scale, cap, kv, H_KV, D_WIDTH, C, D, W, TERRACED, BACK, CAP, PRECISION,
-                INTERPRET,
+                q, k_ptr, sink_k_ptr, sinks, start, b, n, T, scale, cap, kv, H_KV, D_WIDTH, C, D, W, TERRACED, SINKS,
+                BACK, CAP, CARRIED, PRECISION, INTERPRET,
             )  # fmt: skip
             a = top - tl.load(mass_ptr + head)
             store_each(top_ptr, found, row, live, head, H, C)
@@ -122,15 +142,25 @@ def tile_outputs(
             total = mass * factor
         for step in tl.static_range(BACK - NEAR + 1):
             if n >= BACK - step:
+                first = (n - BACK + step) * C
                 y, total, unit = add_tile(
-                    y, total, unit, q, phi, a, start, k_ptr, v_ptr, psi_ptr, b, n, BACK - step, T, scale, cap, kv,
-                    state_head, H_S, H_KV, D_WIDTH, V_WIDTH, F_WIDTH, C, D, V, F, W, TERRACED, True, CAP, PRECISION,
-                    INTERPRET,
+                    y, total, unit, q, phi, a, start, k_ptr, v_ptr, psi_ptr, query, first + r, b * T + first, T - first,
+                    scale, cap, kv, state_head, H_S, H_KV, D_WIDTH, V_WIDTH, F_WIDTH, C, D, V, F, W, TERRACED, SINKS,
+                    True, CAP, PRECISION, INTERPRET,
                 )  # fmt: skip
+    if SINKS:  # noqa: SIM102
+        if CARRIED or n > BACK:
+            y, total, unit = add_tile(
+                y, total, unit, q, phi, a, start, sink_k_ptr, sink_v_ptr, psi_ptr, query, sinks,
+                (b * tl.cdiv(T, C) + n) * SINKS, SINKS, scale, cap, kv, state_head, H_S, H_KV, D_WIDTH, V_WIDTH,
+                F_WIDTH, C, D, V, F, W, TERRACED, SINKS, False, CAP, PRECISION, INTERPRET,
+            )  # fmt: skip
     for step in range(tl.maximum(NEAR - 1 - n, 0), NEAR):
+        first = (n - NEAR + 1 + step) * C
         y, total, unit = add_tile(
-            y, total, unit, q, phi, a, start, k_ptr, v_ptr, psi_ptr, b, n, NEAR - 1 - step, T, scale, cap, kv,
-            state_head, H_S, H_KV, D_WIDTH, V_WIDTH, F_WIDTH, C, D, V, F, W, TERRACED, False, CAP, PRECISION, INTERPRET,
+            y, total, unit, q, phi, a, start, k_ptr, v_ptr, psi_ptr, query, first + r, b * T + first, T - first, scale,
+            cap, kv, state_head, H_S, H_KV, D_WIDTH, V_WIDTH, F_WIDTH, C, D, V, F, W, TERRACED, SINKS, False, CAP,
+            PRECISION, INTERPRET,
         )  # fmt: skip
     # rows that see no key, such as empty slots of a carried window, are zero
     store_rows(y_ptr, y * (1.0 / tl.where(total > 0, total, 1.0))[:, None], row, live, head, 0, H, V_WIDTH, C, V)

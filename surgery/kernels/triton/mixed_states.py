@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .mixed_tiles import starts
+from .mixed_tiles import NOWHERE, entering, sink_keys, starts
 from .tiles import load_each, load_rows
 
 
@@ -19,7 +19,7 @@ def state_sweep(
     psi_ptr, v_ptr, start_ptr, S_ptr, z_ptr, states_ptr, zs_ptr,
     T, M,
     H_S: tl.constexpr, H_KV: tl.constexpr, F_WIDTH: tl.constexpr, V_WIDTH: tl.constexpr,
-    C: tl.constexpr, F: tl.constexpr, V: tl.constexpr, START: tl.constexpr, CARRIED: tl.constexpr,
+    C: tl.constexpr, F: tl.constexpr, V: tl.constexpr, SINKS: tl.constexpr, START: tl.constexpr, CARRIED: tl.constexpr,
     PRECISION: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """S = Σ ψ_jᵀ v_j and z = Σ ψ_j over the keys before each of M chunks; F x V of it per program."""
@@ -44,14 +44,11 @@ def state_sweep(
             tl.store(zs_ptr + at * F_WIDTH + f, z, mask=f < F_WIDTH)
         psi = load_rows(psi_ptr, row, live, head, first_f, H_S, F_WIDTH, C, F, INTERPRET)
         values = load_rows(v_ptr, row, live, head // (H_S // H_KV), first_v, H_KV, V_WIDTH, C, V, INTERPRET)
-        if START:
-            position = m * C + tl.arange(0, C)
-            start = starts(start_ptr, row, live, START, C)
-            # the document that the chunk ends in is the only one that later tiles can read of
-            last = tl.load(start_ptr + row + tl.minimum(live, C) - 1)
-            enters = (start == last) & (position >= start)
+        if START or SINKS:
+            enters = entering(start_ptr, row, live, m * C, START, SINKS, C)
             psi = tl.where(enters[:, None], psi, 0.0).to(psi.dtype)
-            stays = tl.where(last < m * C, 1.0, 0.0)
+        if START:
+            stays = tl.where(tl.load(start_ptr + row + tl.minimum(live, C) - 1) < m * C, 1.0, 0.0)
             S *= stays
             z *= stays
         S = tl.dot(tl.trans(psi), values.to(psi.dtype), S, input_precision=PRECISION)
@@ -63,7 +60,8 @@ def key_increments(
     psi_ptr, v_ptr, start_ptr, states_ptr, zs_ptr,
     T, M,
     H_S: tl.constexpr, H_KV: tl.constexpr, F_WIDTH: tl.constexpr, V_WIDTH: tl.constexpr, C: tl.constexpr,
-    F: tl.constexpr, V: tl.constexpr, START: tl.constexpr, PRECISION: tl.constexpr, INTERPRET: tl.constexpr,
+    F: tl.constexpr, V: tl.constexpr, SINKS: tl.constexpr, START: tl.constexpr, PRECISION: tl.constexpr,
+    INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """What each of M chunks of keys adds to S and z, F rows per program."""
     slices: tl.constexpr = (F_WIDTH + F - 1) // F
@@ -72,11 +70,8 @@ def key_increments(
     row, live = b * T + m * C, T - m * C
     psi = load_rows(psi_ptr, row, live, head, first, H_S, F_WIDTH, C, F, INTERPRET)
     v = load_rows(v_ptr, row, live, head // (H_S // H_KV), 0, H_KV, V_WIDTH, C, V, INTERPRET)
-    if START:
-        start = starts(start_ptr, row, live, START, C)
-        # the document that the chunk ends in is the only one that later tiles can read of
-        enters = start == tl.load(start_ptr + row + tl.minimum(live, C) - 1)
-        enters = enters & (m * C + tl.arange(0, C) >= start)
+    if START or SINKS:
+        enters = entering(start_ptr, row, live, m * C, START, SINKS, C)
         psi = tl.where(enters[:, None], psi, 0.0).to(psi.dtype)
     S = tl.dot(tl.trans(psi), v.to(psi.dtype), input_precision=PRECISION)
     store_state_slice(states_ptr, S, (b * H_S + head) * M + m, first, F_WIDTH, V_WIDTH, F, V)
@@ -160,3 +155,23 @@ def scan_states(
             total += increment
     if LAST:
         tl.store(last_ptr + state * SIZE + x, total, mask=inside)
+
+
+@triton.jit(do_not_specialize=["T", "N"])
+def gather_sinks(
+    x_ptr, carried_ptr, start_ptr, sinks_ptr,
+    T, N,
+    WIDTH: tl.constexpr, C: tl.constexpr, BACK: tl.constexpr, SINKS: tl.constexpr, X: tl.constexpr,
+    START: tl.constexpr, CARRIED: tl.constexpr,
+):  # fmt: skip
+    """The sinks of `sink_keys` of each of N tiles, zeros in all other slots; X of WIDTH columns per program."""
+    block, n, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    x = block * X + tl.arange(0, X)[None, :]
+    r = tl.arange(0, C)[:, None]
+    key = sink_keys(start_ptr, b, n, T, BACK, START, SINKS, C)[:, None]
+    inside = (key >= 0) & (key < NOWHERE) & (x < WIDTH)
+    tile = tl.load(x_ptr + (b * T + key) * WIDTH + x, mask=inside, other=0.0)
+    if CARRIED:
+        kept = tl.load(carried_ptr + (b * SINKS + r) * WIDTH + x, mask=(key < 0) & (x < WIDTH), other=0.0)
+        tile = tl.where(key < 0, kept, tile)
+    tl.store(sinks_ptr + ((b * N + n) * SINKS + r) * WIDTH + x, tile, mask=(r < SINKS) & (x < WIDTH))

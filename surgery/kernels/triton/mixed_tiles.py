@@ -11,6 +11,8 @@ from .tiles import LOG2_E
 NEVER = tl.constexpr(-1e30)
 # a factor beyond e^this multiplies nothing but rounding
 LARGEST = tl.constexpr(60.0)
+# a position after any query
+NOWHERE = tl.constexpr(1 << 30)
 
 
 @triton.jit
@@ -23,14 +25,42 @@ def starts(start_ptr, row, live, START: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
-def pairs(query, key, start, W: tl.constexpr, TERRACED: tl.constexpr):
-    """Bool, twice: pairs in the window, and visible ones beyond it. query, start: positions [C, 1] and key [1, C], or
-    the other way round."""
+def entering(start_ptr, row, live, first, START: tl.constexpr, SINKS: tl.constexpr, C: tl.constexpr):
+    """Bool [C]: the keys of a chunk, the first at position `first`, that the state after it sums up: those of the
+    document that the chunk ends in, the only one that later tiles can read of, but for its sinks."""
+    start = starts(start_ptr, row, live, START, C)
+    enters = first + tl.arange(0, C) >= start + SINKS
+    if START:
+        enters = enters & (start == tl.load(start_ptr + row + tl.minimum(live, C) - 1))
+    return enters
+
+
+@triton.jit
+def sink_keys(start_ptr, b, n, T, BACK: tl.constexpr, START: tl.constexpr, SINKS: tl.constexpr, C: tl.constexpr):
+    """[C]: positions of the sinks that lie before all chunks that tile n sees, NOWHERE for all other slots.
+
+    They are of one document: that which goes on into those chunks. Positions before the row, in a carried window, are
+    negative.
+    """
+    r = tl.arange(0, C)
+    before = tl.maximum(n - BACK, 0) * C
+    first = 0
+    if START:
+        first = tl.load(start_ptr + b * T + tl.maximum(before - 1, 0))
+    return tl.where((r < SINKS) & (first + r < before), first + r, NOWHERE)
+
+
+@triton.jit
+def pairs(query, key, start, W: tl.constexpr, TERRACED: tl.constexpr, SINKS: tl.constexpr):
+    """Bool, twice: pairs in the window or with a sink, and other visible ones. query, start: positions [C, 1] and key
+    [1, C], or the other way round."""
     visible = (key <= query) & (key >= start)
     if TERRACED:  # noqa: SIM108
         near = (key - start) // W >= (query - start) // W - 1
     else:
         near = query - key < W
+    if SINKS:
+        near = near | (key - start < SINKS)
     return visible & near, visible & (near == 0)
 
 

@@ -233,7 +233,7 @@ def attention_cross_entropy(
     seen_q, seen_k = q if linear_q is None else linear_q, k if linear_k is None else linear_k
     scored = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
     phi = None
-    if not scored and covers(q, k, (window or Window(1))._replace(size=1)):
+    if not scored and not (window and window.sinks) and covers(q, k, Window(1)):
         queries, keys = real(lengths, seen_q, seen_k)
         phi, a = mapped(queries.to(q.dtype), features_q, mix, False)
     if phi is None or phi.shape[-1] > WIDEST:

@@ -42,7 +42,7 @@ def tile_pairs(query, key, start, W: tl.constexpr, TERRACED: tl.constexpr, LIMIT
     """Bool, thrice: pairs in the window, visible ones beyond it, those the softmax sees. EXACT: unless that is set, all
     keys are before the queries and beyond their windows."""
     if EXACT:
-        near, far = pairs(query, key, start, W, TERRACED)
+        near, far = pairs(query, key, start, W, TERRACED, 0)
         seen = near | far
     else:
         far = key >= start
