@@ -19,6 +19,7 @@ gated_linear_attention = Op(
     in_triton("gated_linear_attention"),
     in_triton("gated_linear_attention_step"),
 )
+delta_attention = Op(reference.delta_attention, chunked.delta_attention, examples.delta)
 window_attention = Op(
     reference.window_attention,
     chunked.window_attention,
@@ -45,6 +46,7 @@ OPS = {
     for op in (
         linear_attention,
         gated_linear_attention,
+        delta_attention,
         window_attention,
         hybrid_attention,
         attention_cross_entropy,
@@ -62,6 +64,7 @@ __all__ = [
     "Window",
     "attention_cross_entropy",
     "backend",
+    "delta_attention",
     "features",
     "gated_linear_attention",
     "hybrid_attention",
