@@ -19,7 +19,12 @@ gated_linear_attention = Op(
     in_triton("gated_linear_attention"),
     in_triton("gated_linear_attention_step"),
 )
-delta_attention = Op(reference.delta_attention, chunked.delta_attention, examples.delta)
+delta_attention = Op(
+    reference.delta_attention,
+    chunked.delta_attention,
+    examples.delta,
+    one_step=in_triton("delta_attention_step"),
+)
 window_attention = Op(
     reference.window_attention,
     chunked.window_attention,

@@ -18,13 +18,14 @@ from .channel import channel_attention
 from .decay import INTERPRET, WIDEST, decay_attention
 from .hybrid import hybrid_attention, window_attention
 from .mixed_step import hybrid_attention_step, window_attention_step
-from .steps import gated_linear_attention_step, linear_attention_step
+from .steps import delta_attention_step, gated_linear_attention_step, linear_attention_step
 from .transfer import attention_cross_entropy
 
 __all__ = [
     "attention_cross_entropy",
     "channel_attention",
     "decay_attention",
+    "delta_attention_step",
     "gated_linear_attention",
     "gated_linear_attention_step",
     "hybrid_attention",
