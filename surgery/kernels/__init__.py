@@ -23,7 +23,8 @@ delta_attention = Op(
     reference.delta_attention,
     chunked.delta_attention,
     examples.delta,
-    one_step=in_triton("delta_attention_step"),
+    in_triton("delta_attention"),
+    in_triton("delta_attention_step"),
 )
 window_attention = Op(
     reference.window_attention,
