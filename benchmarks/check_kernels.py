@@ -22,7 +22,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from surgery.kernels.triton import channel_gradients, channel_sweeps, sweeps
+from surgery.kernels.triton import channel_gradients, channel_sweeps, delta, delta_backward, delta_forward, sweeps
 from surgery.kernels.triton.channel import Call
 from surgery.kernels.triton.configs import GATE_GRADIENT, NORMALIZED, PLAIN, config, padded
 
@@ -30,11 +30,22 @@ from surgery.kernels.triton.configs import GATE_GRADIENT, NORMALIZED, PLAIN, con
 SHARED = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}
 POINTERS = {"gate_ptr": "*fp32", "document_ptr": "*i32", "states_ptr": "*bf16", "start_ptr": "*i32", "far_ptr": "*i32"}
 SINGLE = ("S_ptr", "z_ptr", "mass_ptr", "S_after_ptr", "z_after_ptr", "excess_ptr", "factor_ptr", "dgate_ptr", "zs_ptr")
-SINGLE += ("dS_after_ptr", "dz_after_ptr", "dS_ptr", "dz_ptr", "total_ptr", "dzs_ptr", "S_end_ptr", "z_end_ptr")
+SINGLE += (
+    "beta_ptr",
+    "dbeta_ptr",
+    "dS_after_ptr",
+    "dz_after_ptr",
+    "dS_ptr",
+    "dz_ptr",
+    "total_ptr",
+    "dzs_ptr",
+    "S_end_ptr",
+    "z_end_ptr",
+)
 SCALARS = {"scale": "fp32", "eps": "fp32"}
 SCALARS |= dict.fromkeys(("T", "stride_a", "stride_x", "every", "parts", "chunks_each", "span"), "i32")
-CHANNEL = 3
-"""A gate per channel, among the kinds that --gate takes."""
+CHANNEL, DELTA = 3, 4
+"""A gate per channel, and the delta rule, among the kinds that --gate takes."""
 
 
 class Variant(NamedTuple):
@@ -94,6 +105,26 @@ def channel_variants(features: int, columns: int, groups: int, normalize: bool) 
         yield Variant(name, kernel, told, options)
 
 
+def delta_variants(features: int, columns: int, groups: int) -> Iterator[Variant]:
+    """The kernels of the delta rule with a gate per head, everything optional switched on."""
+    sizes = {"q": (8 * groups, features), "k": (8, features), "v": (8, columns)}
+    q, k, v = (torch.empty(1, 64, *sizes[n], dtype=torch.bfloat16, device="meta") for n in "qkv")
+    beta = torch.empty(1, 64, 8, device="meta")
+    call = delta.Call(q, k, v, beta, beta, beta.int(), 1.0)
+    for name, kernel, cut in (
+        ("inverse", delta_forward.inverses, "D"),
+        ("S", delta_forward.state_sweep, "D"),
+        ("y", delta_forward.outputs, "D"),
+        ("du", delta_backward.local_gradients, "D"),
+        ("dS", delta_backward.gradient_sweep, "D"),
+        ("dqk", delta_backward.chunk_gradients, "F"),
+    ):
+        flags = {"CARRIED": True, "DS_AFTER": True, "DS": True, "GATE_GRADIENT": True, "INTERPRET": False}
+        told = call.told(kernel, cut, **flags)
+        options = {n: told.pop(n) for n in ("num_warps", "num_stages")}
+        yield Variant(name, kernel, told, options)
+
+
 def compiled(variant: Variant, arch: int, dtype: str) -> Any:
     """What Triton makes of it, with the alignment that launches have."""
     names = list(inspect.signature(variant.kernel.fn).parameters)
@@ -148,6 +179,8 @@ def check(variant: Variant, arch: int, dtype: str, allowed: int = 0) -> tuple[st
 def found(features: int, columns: int, groups: int, gate: int, normalize: bool) -> Iterator[Variant]:
     if gate == CHANNEL:
         return channel_variants(features, columns, groups, normalize)
+    if gate == DELTA:
+        return iter(()) if normalize else delta_variants(features, columns, groups)
     return variants(features, columns, groups, gate, normalize)
 
 
@@ -160,7 +193,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dtype", nargs="*", default=["bf16", "fp16"])
     parser.add_argument("--group", type=int, nargs="*", default=[1, 4], help="query heads that share a state")
     parser.add_argument(
-        "--gate", type=int, nargs="*", default=[0, 1, 2, 3], help="0 none, 1 fixed, 2 scalar, 3 channel"
+        "--gate",
+        type=int,
+        nargs="*",
+        default=[0, 1, 2, 3, 4],
+        help="0 none, 1 fixed, 2 scalar, 3 channel, 4 the delta rule with a scalar one",
     )
     parser.add_argument("--spills", type=int, default=0, help="bytes that may spill, stores and loads together")
     parser.add_argument("--plain", action="store_true", help="leave normalised attention out")

@@ -58,6 +58,8 @@ def cases(dim: int, dtype: torch.dtype) -> dict[str, tuple[kernels.Op, dict[str,
 
     softmax = {name: Features("softmax", scale=torch.ones(())) for name in ("features_q", "features_k")}
     plain = linear_state(1, KV_HEADS, dim, dim, normalized=False, **options)
+    silu = {name: Features("silu", scale=torch.ones(())) for name in softmax}
+    beta = {"beta": torch.zeros(1, 1, KV_HEADS)}
     gate = {"log_gate": torch.zeros(1, 1, KV_HEADS, dim)}
     joint = Joint(torch.ones(HEADS))
     return {
@@ -66,6 +68,8 @@ def cases(dim: int, dtype: torch.dtype) -> dict[str, tuple[kernels.Op, dict[str,
             qkv | maps(KV_HEADS, dim) | {"state": linear_state(1, KV_HEADS, 2 * dim, dim, **options)},
         ),
         "gla": (kernels.gated_linear_attention, qkv | softmax | gate | {"state": plain}),
+        "delta": (kernels.delta_attention, qkv | silu | beta | {"state": plain}),
+        "kda": (kernels.delta_attention, qkv | silu | beta | gate | {"state": plain}),
         "window": (kernels.window_attention, near(sliding)),
         "joint": (kernels.hybrid_attention, hybrid(sliding, joint)),
         "joint, wide": (kernels.hybrid_attention, hybrid(sliding, joint, features=dim)),

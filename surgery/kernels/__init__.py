@@ -19,6 +19,13 @@ gated_linear_attention = Op(
     in_triton("gated_linear_attention"),
     in_triton("gated_linear_attention_step"),
 )
+delta_attention = Op(
+    reference.delta_attention,
+    chunked.delta_attention,
+    examples.delta,
+    in_triton("delta_attention"),
+    in_triton("delta_attention_step"),
+)
 window_attention = Op(
     reference.window_attention,
     chunked.window_attention,
@@ -46,6 +53,7 @@ OPS = {
     for op in (
         linear_attention,
         gated_linear_attention,
+        delta_attention,
         window_attention,
         hybrid_attention,
         attention_cross_entropy,
@@ -64,6 +72,7 @@ __all__ = [
     "Window",
     "attention_cross_entropy",
     "backend",
+    "delta_attention",
     "features",
     "gated_linear_attention",
     "hybrid_attention",

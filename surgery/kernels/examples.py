@@ -36,6 +36,14 @@ def gated(device: torch.device | str, dtype: torch.dtype) -> Arguments:
     return common | {"log_gate": gate, "features_q": Features("softmax"), "features_k": Features("softmax")}
 
 
+def delta(device: torch.device | str, dtype: torch.dtype) -> Arguments:
+    common, _, generator = _qkv(device, dtype)
+    beta, logits = torch.randn(2, BATCH, TOKENS, KV_HEADS, generator=generator).to(device, dtype)
+    gate = torch.nn.functional.logsigmoid(logits) / 16
+    maps = {"features_q": Features("silu"), "features_k": Features("silu")}
+    return common | maps | {"beta": beta.sigmoid(), "log_gate": gate}
+
+
 def window(device: torch.device | str, dtype: torch.dtype) -> Arguments:
     common, _, _ = _qkv(device, dtype)
     return common | {"window": Window(16), "scaling": DIM**-0.5}

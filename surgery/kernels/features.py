@@ -51,11 +51,17 @@ def identity(x: Tensor) -> Tensor:
     return x
 
 
+def unit(x: Tensor) -> Tensor:
+    """x divided by its length; zero stays zero."""
+    return x * (x.square().sum(-1, keepdim=True) + FLOOR).rsqrt()
+
+
 MAPS: dict[str, Callable[[Tensor], Tensor]] = {
     "hedgehog": hedgehog,
     "softmax": softmax,
     "exp": exp,
     "relu": torch.relu,
+    "silu": functional.silu,
     "elu1": elu1,
     "taylor2": taylor2,
     "identity": identity,

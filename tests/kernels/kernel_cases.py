@@ -86,6 +86,18 @@ def gated(draw: Draw, scalar: bool = False, normalize: bool = False, per_head: b
     return draw.qkv() | maps | {"log_gate": gate, "normalize": normalize, "scale": 0.7}
 
 
+def delta(draw: Draw, gate: str | None = None, per_head: bool = False, unit: bool = True) -> Arguments:
+    s = draw.shape
+    names = ("silu", "silu") if unit else ("softmax", "softmax")
+    maps = draw.maps(True) if per_head else dict(zip(("features_q", "features_k"), map(Features, names), strict=True))
+    arguments = draw.qkv() | maps | {"unit": unit, "scale": 0.7}
+    arguments["beta"] = draw.parameter(s.batch, s.tokens, s.kv_heads).sigmoid() * (1 + unit)
+    if gate is not None:
+        size = (s.batch, s.tokens, s.kv_heads, s.dim * (1 + per_head))[: 3 if gate == "scalar" else 4]
+        arguments["log_gate"] = torch.nn.functional.logsigmoid(3 * draw.parameter(*size))
+    return arguments
+
+
 def window(draw: Draw, form: Window, softcap: float | None = None) -> Arguments:
     return draw.qkv() | {"window": form, "scaling": draw.shape.dim**-0.5, "softcap": softcap}
 
@@ -117,6 +129,11 @@ FORMS: dict[str, tuple[str, Callable[[Draw], Arguments]]] = {
     "gated-scalar": ("gated_linear_attention", lambda d: gated(d, scalar=True)),
     "gated-normalized": ("gated_linear_attention", lambda d: gated(d, normalize=True)),
     "gated-per-head": ("gated_linear_attention", lambda d: gated(d, per_head=True)),
+    "delta": ("delta_attention", delta),
+    "delta-scalar": ("delta_attention", lambda d: delta(d, "scalar")),
+    "delta-channel": ("delta_attention", lambda d: delta(d, "channel")),
+    "delta-per-head": ("delta_attention", lambda d: delta(d, "channel", per_head=True)),
+    "delta-plain": ("delta_attention", lambda d: delta(d, "scalar", unit=False)),
     "window-sliding": ("window_attention", lambda d: window(d, SLIDING)),
     "window-one": ("window_attention", lambda d: window(d, Window(1))),
     "window-terraced": ("window_attention", lambda d: window(d, TERRACED)),
@@ -157,7 +174,7 @@ class Call:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Call:
         """`function` applied to every tensor that runs along rows and tokens."""
-        names = ("q", "k", "v", "log_gate", "linear_q", "linear_k", "segments")
+        names = ("q", "k", "v", "log_gate", "beta", "linear_q", "linear_k", "segments")
         found = {name: function(self.arguments[name]) for name in names if self.arguments.get(name) is not None}
         return replace(self, arguments={**self.arguments, **found})
 
@@ -175,7 +192,7 @@ class Call:
         state: dict[str, Tensor] = {}
         if "features_k" in a:
             _, _, heads, features = kernels.features.apply(a["features_k"], a["k"]).shape
-            normalized = a.get("normalize", True)
+            normalized = a.get("normalize", "beta" not in a)
             state |= linear_state(batch, heads, features, dim, normalized=normalized, **options)
         if "window" in a:
             state |= window_state(batch, a["window"], kv_heads, dim, linear_k=a.get("linear_k") is not None, **options)

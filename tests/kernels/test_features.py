@@ -40,7 +40,7 @@ def test_relu_has_a_bias():
     assert torch.allclose(found, (torch.einsum("bthd,hdf->bthf", X, W[:2]) + bias).relu())
 
 
-@pytest.mark.parametrize("name", ["softmax", "elu1", "identity", "relu", "taylor2"])
+@pytest.mark.parametrize("name", ["softmax", "elu1", "identity", "relu", "silu", "taylor2"])
 def test_scale_comes_first(name):
     assert torch.equal(
         features.apply(Features(name, scale=torch.tensor(0.5)), X), features.apply(Features(name), X / 2)

@@ -24,6 +24,8 @@ GRADCHECKED = [
     "linear",
     "gated-channel",
     "gated-normalized",
+    "delta-scalar",
+    "delta-channel",
     "window-sinks",
     "joint-terraced-sinks",
     "logmass-per-head",
@@ -83,7 +85,9 @@ class Largest(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("form", ["linear", "gated-channel", "window-sinks", "joint-terraced-sinks", "logmass-sliding"])
+@pytest.mark.parametrize(
+    "form", ["linear", "gated-channel", "delta-channel", "window-sinks", "joint-terraced-sinks", "logmass-sliding"]
+)
 def test_memory_is_linear_in_length(form):
     """Neither the largest tensor nor all that is kept for the backward pass grows faster than the length."""
 
@@ -106,7 +110,9 @@ def test_memory_is_linear_in_length(form):
     assert large < 1024 * 1024
 
 
-@pytest.mark.parametrize("form", ["linear", "gated-scalar", "window-terraced", "joint-sinks", "logmass-raw"])
+@pytest.mark.parametrize(
+    "form", ["linear", "gated-scalar", "delta-scalar", "window-terraced", "joint-sinks", "logmass-raw"]
+)
 def test_traces_into_one_graph(form):
     torch._dynamo.reset()
     call = Call.of(form, Shape(100), torch.float32)
@@ -163,6 +169,18 @@ def test_scan_is_the_recurrence(n):
         state = decay[i] * state + increments[i]
         expected.append(state)
     assert torch.allclose(scan(increments, decay), torch.stack(expected))
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 7, 8, 13])
+def test_scan_of_matrices_is_the_recurrence(n):
+    generator = torch.Generator().manual_seed(n)
+    increments = torch.randn(n, 2, 3, generator=generator, dtype=torch.float64)
+    moves = torch.randn(n, 2, 2, generator=generator, dtype=torch.float64)
+    state, expected = torch.zeros(2, 3, dtype=torch.float64), []
+    for i in range(n):
+        state = moves[i] @ state + increments[i]
+        expected.append(state)
+    assert torch.allclose(scan(increments, moves, torch.matmul), torch.stack(expected))
 
 
 @pytest.mark.parametrize("name", kernels.OPS)

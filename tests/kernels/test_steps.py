@@ -112,7 +112,8 @@ def test_kernels_go_round_the_ring(tokens, build):
 @in_kernels
 @pytest.mark.parametrize("shape", [Shape(9, 6, 2, 20, batch=1), Shape(9, 3, 3, 6, batch=1)], ids=str)
 @pytest.mark.parametrize(
-    "form", ["linear-per-head", "gated-scalar", "window-sinks", "joint-per-head", "logmass-terraced-sinks"]
+    "form",
+    ["linear-per-head", "gated-scalar", "delta-per-head", "window-sinks", "joint-per-head", "logmass-terraced-sinks"],
 )
 def test_head_layouts(form, shape):
     assert error(Call.of(form, shape, torch.float32), "kernel", 6, 2, padded=False) < 1e-5
@@ -134,7 +135,7 @@ def scaled(draw: Draw, name: str, weights: bool) -> dict[str, Any]:
 
 @in_kernels
 @pytest.mark.parametrize("weights", [False, True], ids=["fixed", "learned"])
-@pytest.mark.parametrize("name", ["hedgehog", "softmax", "exp", "relu", "elu1", "identity"])
+@pytest.mark.parametrize("name", ["hedgehog", "softmax", "exp", "relu", "silu", "elu1", "identity"])
 def test_maps(name, weights):
     op = "gated_linear_attention" if name == "identity" else "linear_attention"
     call = made(op, lambda d: scaled(d, name, weights), Shape(4, batch=1))
@@ -157,6 +158,14 @@ def test_sizes_beyond_one_tile():
     assert error(wide, "kernel", 2, 1, padded=False) < 1e-5
     long = made("hybrid_attention", lambda d: hybrid(d, Window(600), "logmass"), Shape(621, batch=1))
     assert error(long, "kernel", 620, 1, padded=False) < 1e-5
+
+
+@in_kernels
+def test_a_delta_state_beyond_one_tile(monkeypatch):
+    """What a key recalls is a sum over all tiles, before any of them is written."""
+    monkeypatch.setattr("surgery.kernels.triton.steps.TILE", 64)
+    call = Call.of("delta-per-head", Shape(3, 2, 1, 40, batch=1), torch.float32)
+    assert error(call, "kernel", 1, 2, padded=False) < 1e-5
 
 
 @in_kernels

@@ -21,6 +21,22 @@ from .tiles import real
 ROWS = 64
 
 
+def rows_of(tokens: int) -> int:
+    """Rows of the chunks of a call: the power of two that holds all tokens, but no more than `ROWS`."""
+    rows = 1
+    while rows < ROWS and rows < tokens:
+        rows *= 2
+    return rows
+
+
+def closing(log_gate: Tensor, segments: Tensor | None) -> Tensor:
+    """[B, T, H, F or 1] log-gates that let nothing into a new document."""
+    if segments is None:
+        return log_gate
+    opens = functional.pad(segments[:, 1:] != segments[:, :-1], (1, 0))
+    return log_gate.masked_fill(opens[:, :, None, None], float("-inf"))
+
+
 def chunk(x: Tensor, rows: int) -> Tensor:
     """[B, T, H, ...] -> [N·B·H, rows, ...], zeros beyond T."""
     count = (x.shape[1] + rows - 1) // rows
@@ -83,10 +99,7 @@ def gated_linear_attention(
     batch, tokens = q.shape[:2]
     q, k, v = real(lengths, q, k, v)
     phi_q, phi_k, values = maps.apply(features_q, q) * scale, maps.apply(features_k, k), maps.precise(v)
-    gates = maps.precise(log_gate if log_gate.ndim == 4 else log_gate.unsqueeze(-1))
-    if segments is not None:
-        opens = functional.pad(segments[:, 1:] != segments[:, :-1], (1, 0))
-        gates = gates.masked_fill(opens[:, :, None, None], float("-inf"))
+    gates = closing(maps.precise(log_gate if log_gate.ndim == 4 else log_gate.unsqueeze(-1)), segments)
     # padding leaves the state as it is
     phi_k, gates = real(lengths, phi_k, gates)
     if normalize:
@@ -94,9 +107,7 @@ def gated_linear_attention(
     heads = phi_k.shape[2]
     values, gates = (x.repeat_interleave(heads // x.shape[2], 2) for x in (values, gates))
 
-    rows = 1
-    while rows < ROWS and rows < tokens:
-        rows *= 2
+    rows = rows_of(tokens)
     queries = chunk(phi_q.unflatten(2, (heads, -1)), rows)
     keys, values, gates = chunk(phi_k, rows), chunk(values, rows), chunk(gates, rows)
     y, since, until = within(queries, keys, values, gates)

@@ -1,5 +1,6 @@
 """The operations as their equations read, one token after the other."""
 
+from .delta import delta_attention
 from .gated import gated_linear_attention
 from .hybrid import hybrid_attention
 from .linear import linear_attention
@@ -8,6 +9,7 @@ from .window import window_attention
 
 __all__ = [
     "attention_cross_entropy",
+    "delta_attention",
     "gated_linear_attention",
     "hybrid_attention",
     "linear_attention",

@@ -16,16 +16,20 @@ from ..chunked.tiles import real
 from ..specs import Features, State
 from .channel import channel_attention
 from .decay import INTERPRET, WIDEST, decay_attention, require_gpu
+from .delta import delta_rule
 from .error import output_error
 from .hybrid import hybrid_attention, window_attention
 from .mixed_step import hybrid_attention_step, window_attention_step
-from .steps import gated_linear_attention_step, linear_attention_step
+from .steps import covered, delta_attention_step, gated_linear_attention_step, linear_attention_step
 from .transfer import attention_cross_entropy
 
 __all__ = [
     "attention_cross_entropy",
     "channel_attention",
     "decay_attention",
+    "delta_attention",
+    "delta_attention_step",
+    "delta_rule",
     "gated_linear_attention",
     "gated_linear_attention_step",
     "hybrid_attention",
@@ -104,6 +108,79 @@ def gated_linear_attention(
     )
 
 
+def delta_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    log_gate: Tensor | None = None,
+    *,
+    features_q: Features,
+    features_k: Features,
+    unit: bool = True,
+    scale: float = 1.0,
+    state: State | None = None,
+    lengths: Tensor | None = None,
+    segments: Tensor | None = None,
+    return_state: bool = False,
+) -> tuple[Tensor, State | None]:
+    """See the reference. Features are rounded to q's dtype."""
+    given: dict[str, Any] = {"unit": unit, "scale": scale, "state": state, "lengths": lengths, "segments": segments}
+    return _delta(q, k, v, beta, log_gate, features_q, features_k, return_state, **given) or chunked.delta_attention(
+        q, k, v, beta, log_gate, features_q=features_q, features_k=features_k, return_state=return_state, **given
+    )
+
+
+def _delta(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    gate: Tensor | None,
+    features_q: Features,
+    features_k: Features,
+    return_state: bool,
+    *,
+    unit: bool,
+    scale: float,
+    state: State | None,
+    lengths: Tensor | None,
+    segments: Tensor | None,
+) -> tuple[Tensor, State | None] | None:
+    """The call by kernels, None if they do not cover it."""
+    if not covered(q, v) or (gate is not None and gate.ndim == 4):
+        return None
+    q, k, v = real(lengths, q, k, v)
+    phi_q, phi_k = maps.apply(features_q, q), maps.apply(features_k, k)
+    if phi_k.shape[-1] > WIDEST:
+        return None
+    if unit:
+        phi_q, phi_k = maps.unit(phi_q), maps.unit(phi_k)
+    heads = phi_k.shape[2]
+    phi_k, beta = real(lengths, phi_k, beta.repeat_interleave(heads // beta.shape[2], 2))
+    if gate is not None:
+        (gate,) = real(lengths, gate.repeat_interleave(heads // gate.shape[2], 2))
+    y, S = delta_rule(
+        phi_q.to(q.dtype),
+        phi_k.to(q.dtype),
+        v.to(q.dtype),
+        beta,
+        log_decay=gate,
+        scale=scale,
+        S=None if state is None else state["S"],
+        documents=_documents(segments, lengths),
+    )
+    return y, {"S": S} if return_state else None
+
+
+def _documents(segments: Tensor | None, lengths: Tensor | None) -> Tensor | None:
+    """[B, T]: counts the documents of each row; padding belongs to the last."""
+    if segments is None:
+        return None
+    (opens,) = real(lengths, functional.pad(segments[:, 1:] != segments[:, :-1], (1, 0)))
+    return opens.cumsum(1)
+
+
 def _attention(
     q: Tensor,
     k: Tensor,
@@ -134,10 +211,6 @@ def _attention(
     if gate is not None:
         gate = gate.repeat_interleave(phi_k.shape[2] // gate.shape[2], 2)
         (gate,) = real(lengths, gate)
-    documents = None
-    if segments is not None:
-        (opens,) = real(lengths, functional.pad(segments[:, 1:] != segments[:, :-1], (1, 0)))
-        documents = opens.cumsum(1)
     tensors = phi_q.to(q.dtype), phi_k.to(q.dtype), v.to(q.dtype)
     options: dict[str, Any] = {
         "scale": scale,
@@ -145,7 +218,7 @@ def _attention(
         "eps": eps,
         "S": None if state is None else state["S"],
         "z": state["z"] if state is not None and normalize else None,
-        "documents": documents,
+        "documents": _documents(segments, lengths),
     }
     if gate is not None and gate.ndim == 4:
         y, S, z = channel_attention(*tensors, log_gate=gate, **options)

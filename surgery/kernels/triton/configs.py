@@ -57,3 +57,14 @@ def launch(kernel: str, *widths: int) -> dict[str, int]:
     """Launch options of a kernel whose tiles hold so many columns."""
     warps, stages = LAUNCH[kernel, padded(max(64, *widths))]
     return {"num_warps": warps, "num_stages": stages}
+
+
+# of the delta rule, stages by kernel
+DELTA_STAGES = {
+    "inverses": 1, "state_sweep": 2, "outputs": 1, "local_gradients": 1, "gradient_sweep": 2, "chunk_gradients": 1,
+}  # fmt: skip
+
+
+def delta_launch(kernel: str, widest: int) -> dict[str, int]:
+    """Launch options of a kernel of the delta rule whose widest tile has so many columns."""
+    return {"num_warps": 8 if widest > 128 else 4, "num_stages": DELTA_STAGES[kernel]}

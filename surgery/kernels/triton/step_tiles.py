@@ -69,9 +69,21 @@ def features(x, WIDTH: tl.constexpr, F: tl.constexpr, MAP: tl.constexpr):
         up, down = tl.maximum(up, SMALLEST), tl.maximum(down, SMALLEST)
     if MAP == "relu":
         up = tl.maximum(x, 0.0)
+    if MAP == "silu":
+        up = x * tl.sigmoid(x)
     if MAP == "elu1":
         up = tl.where(x > 0, x + 1.0, power(tl.minimum(x, 0.0)))
     return tl.where(known, up, 0.0), tl.where(known, down, 0.0)
+
+
+@triton.jit
+def unit_rows(up, down, HALVES: tl.constexpr):
+    """Both halves of rows divided by their lengths."""
+    total = tl.sum(up * up, 1)
+    if HALVES == 2:
+        total += tl.sum(down * down, 1)
+    factor = tl.rsqrt(total + SMALLEST)[:, None]
+    return up * factor, down * factor
 
 
 @triton.jit
@@ -112,6 +124,23 @@ def block(x, first, ROWS: tl.constexpr, F: tl.constexpr, N: tl.constexpr):
     if N == F:
         return x
     return tl.gather(x, tl.broadcast_to(first + tl.arange(0, N)[None, :], (ROWS, N)), 1)
+
+
+@triton.jit
+def step_recall(
+    S_ptr, key, gate, first_column, WIDTH: tl.constexpr, V_WIDTH: tl.constexpr, F: tl.constexpr, N: tl.constexpr,
+    X: tl.constexpr, GATE: tl.constexpr,
+):  # fmt: skip
+    """[X]: what the key recalls of the state before this token, gate applied. Arguments as of `step_state`."""
+    x = first_column + tl.arange(0, X)[None, :]
+    found = tl.zeros([X], tl.float32)
+    if GATE:
+        key = key * gate
+    for first in range(0, WIDTH, N):
+        f = first + tl.arange(0, N)[:, None]
+        S = tl.load(S_ptr + f * V_WIDTH + x, mask=(f < WIDTH) & (x < V_WIDTH), other=0.0)
+        found += tl.sum(tl.sum(block(key, first, 1, F, N), 0)[:, None] * S, 0)
+    return found
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""One decode step of linear attention, plain or gated, in one launch and in place, as an operation torch knows."""
+"""One decode step of linear attention, plain or gated or by the delta rule, in one launch and in place."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from ..specs import Features, State
 from .configs import padded
 from .decay import WIDEST, require_gpu
 from .mixed_tiles import power
-from .step_tiles import features, load_floats, logits, query_features, step_state, step_sum
+from .step_tiles import features, load_floats, logits, query_features, step_recall, step_state, step_sum, unit_rows
 
-HALVES = {"hedgehog": 2, "exp": 2, "softmax": 1, "relu": 1, "elu1": 1, "identity": 1}
+HALVES = {"hedgehog": 2, "exp": 2, "softmax": 1, "relu": 1, "silu": 1, "elu1": 1, "identity": 1}
 """The maps that kernels compute, and into how many halves of equal width their features fall."""
 FEW = 256
 """Programs that leave much of a GPU idle."""
@@ -94,13 +94,14 @@ def warps(elements: int) -> int:
 
 @triton.jit
 def linear_kernel(
-    q_ptr, k_ptr, v_ptr, gate_ptr, wq_ptr, bq_ptr, sq_ptr, wk_ptr, bk_ptr, sk_ptr, lengths_ptr, S_ptr, z_ptr, y_ptr,
-    q_row, k_row, v_row, gate_row, scale, eps,
-    H: tl.constexpr, H_KV: tl.constexpr, H_S: tl.constexpr, H_GATE: tl.constexpr, D_WIDTH: tl.constexpr,
-    V_WIDTH: tl.constexpr, WIDTH: tl.constexpr, GATE_WIDTH: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr,
-    F: tl.constexpr, N: tl.constexpr, X: tl.constexpr, HALVES: tl.constexpr, GATE: tl.constexpr,
-    NORMALIZE: tl.constexpr, LENGTHS: tl.constexpr, MAP_Q: tl.constexpr, WEIGHT_Q: tl.constexpr, BIAS_Q: tl.constexpr,
-    SCALE_Q: tl.constexpr, MAP_K: tl.constexpr, WEIGHT_K: tl.constexpr, BIAS_K: tl.constexpr, SCALE_K: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, gate_ptr, beta_ptr, wq_ptr, bq_ptr, sq_ptr, wk_ptr, bk_ptr, sk_ptr, lengths_ptr, S_ptr,
+    z_ptr, y_ptr, q_row, k_row, v_row, gate_row, beta_row, scale, eps,
+    H: tl.constexpr, H_KV: tl.constexpr, H_S: tl.constexpr, H_GATE: tl.constexpr, H_BETA: tl.constexpr,
+    D_WIDTH: tl.constexpr, V_WIDTH: tl.constexpr, WIDTH: tl.constexpr, GATE_WIDTH: tl.constexpr, ROWS: tl.constexpr,
+    D: tl.constexpr, F: tl.constexpr, N: tl.constexpr, X: tl.constexpr, HALVES: tl.constexpr, GATE: tl.constexpr,
+    DELTA: tl.constexpr, UNIT: tl.constexpr, NORMALIZE: tl.constexpr, LENGTHS: tl.constexpr,
+    MAP_Q: tl.constexpr, WEIGHT_Q: tl.constexpr, BIAS_Q: tl.constexpr, SCALE_Q: tl.constexpr, MAP_K: tl.constexpr,
+    WEIGHT_K: tl.constexpr, BIAS_K: tl.constexpr, SCALE_K: tl.constexpr,
 ):  # fmt: skip
     """X columns of one state and the G queries that read it. Programs share nothing that any of them writes: z, which
     every column needs, exists only where one program has all columns."""
@@ -119,10 +120,13 @@ def linear_kernel(
     up, down = query_features(
         q_ptr + b * q_row, wq_ptr, bq_ptr, scale_q, head * G, G, D_WIDTH, WIDTH, ROWS, D, F, MAP_Q, WEIGHT_Q, BIAS_Q
     )
-    up, down = up * scale, down * scale
     k_ptr += b * k_row + kv * D_WIDTH
     key = logits(k_ptr, wk_ptr, bk_ptr, scale_k, head, D_WIDTH, WIDTH, D, F, WEIGHT_K, BIAS_K)
     key_up, key_down = features(key[None, :], WIDTH, F, MAP_K)
+    if UNIT:
+        up, down = unit_rows(up, down, HALVES)
+        key_up, key_down = unit_rows(key_up, key_down, HALVES)
+    up, down = up * scale, down * scale
     gate_up, gate_down = key_up, key_down
     if GATE:
         gate_ptr += b * gate_row + head // (H_S // H_GATE) * GATE_WIDTH
@@ -136,6 +140,14 @@ def linear_kernel(
     at = (b * H_S + head) * (HALVES * WIDTH)
     v = load_floats(v_ptr + b * v_row + kv * V_WIDTH, first, V_WIDTH, X)
     S_ptr += at * V_WIDTH
+    if DELTA:
+        recall = step_recall(S_ptr, key_up, gate_up, first, WIDTH, V_WIDTH, F, N, X, GATE)
+        if HALVES == 2:
+            other_ptr = S_ptr + WIDTH * V_WIDTH
+            recall += step_recall(other_ptr, key_down, gate_down, first, WIDTH, V_WIDTH, F, N, X, GATE)
+        v = (v - recall) * tl.load(beta_ptr + b * beta_row + head // (H_S // H_BETA)).to(tl.float32)
+        # nothing is written before every thread has read
+        tl.debug_barrier()
     y = step_state(S_ptr, key_up, gate_up, v, up, first, G, WIDTH, V_WIDTH, ROWS, F, N, X, GATE)
     if HALVES == 2:
         S_ptr += WIDTH * V_WIDTH
@@ -155,6 +167,7 @@ def _step(
     k: Tensor,
     v: Tensor,
     log_gate: Tensor | None,
+    beta: Tensor | None,
     weight_q: Tensor | None,
     bias_q: Tensor | None,
     scale_q: Tensor | None,
@@ -166,11 +179,13 @@ def _step(
     z: Tensor | None,
     map_q: str,
     map_k: str,
+    unit: bool,
     scale: float,
     eps: float,
 ) -> Tensor:
     (q, q_row), (k, k_row), (v, v_row) = map(single, (q, k, v))
     gate, gate_row = (None, 0) if log_gate is None else single(log_gate)
+    beta, beta_row = (None, 0) if beta is None else single(beta)
     maps_q, maps_k = Map(weight_q, bias_q, scale_q, map_q), Map(weight_k, bias_k, scale_k, map_k)
     batch, _, heads, dim = q.shape
     state_heads, columns, (width, halves) = S.shape[1], v.shape[3], maps_k.sizes(k)
@@ -180,18 +195,40 @@ def _step(
         x //= 2
     y = q.new_empty(batch, 1, heads, columns)
     linear_kernel[triton.cdiv(columns, x), state_heads, batch](
-        q, k, v, gate, *maps_q.pointers, *maps_k.pointers, lengths, S, z, y, q_row, k_row, v_row, gate_row, scale, eps,
-        H=heads, H_KV=v.shape[2], H_S=state_heads, H_GATE=1 if gate is None else gate.shape[2], D_WIDTH=dim,
-        V_WIDTH=columns, WIDTH=width, GATE_WIDTH=1 if gate is None else gate.shape[3],
-        ROWS=triton.next_power_of_2(heads // state_heads), D=rows(dim, f), F=f, N=min(f, TILE // x), X=x,
-        HALVES=halves, GATE=gate is not None, NORMALIZE=z is not None, LENGTHS=lengths is not None,
+        q, k, v, gate, beta, *maps_q.pointers, *maps_k.pointers, lengths, S, z, y, q_row, k_row, v_row, gate_row,
+        beta_row, scale, eps,
+        H=heads, H_KV=v.shape[2], H_S=state_heads, H_GATE=1 if gate is None else gate.shape[2],
+        H_BETA=1 if beta is None else beta.shape[2], D_WIDTH=dim, V_WIDTH=columns, WIDTH=width,
+        GATE_WIDTH=1 if gate is None else gate.shape[3], ROWS=triton.next_power_of_2(heads // state_heads),
+        D=rows(dim, f), F=f, N=min(f, TILE // x), X=x, HALVES=halves, GATE=gate is not None, DELTA=beta is not None,
+        UNIT=unit, NORMALIZE=z is not None, LENGTHS=lengths is not None,
         **maps_q.told("Q"), **maps_k.told("K"), num_warps=warps(f * x),
     )  # fmt: skip
     return y
 
 
 @_step.register_fake
-def _(q, k, v, log_gate, weight_q, bias_q, scale_q, weight_k, bias_k, scale_k, lengths, S, z, map_q, map_k, scale, eps):
+def _(
+    q,
+    k,
+    v,
+    log_gate,
+    beta,
+    weight_q,
+    bias_q,
+    scale_q,
+    weight_k,
+    bias_k,
+    scale_k,
+    lengths,
+    S,
+    z,
+    map_q,
+    map_k,
+    unit,
+    scale,
+    eps,
+):
     return q.new_empty(*q.shape[:3], v.shape[3])
 
 
@@ -207,7 +244,7 @@ def linear_attention_step(
     lengths: Tensor | None = None,
 ) -> Tensor | None:
     """A step of `linear_attention` (see its reference) that writes into `state`; None if no kernel covers it."""
-    return _linear(q, k, v, None, features_q, features_k, 1.0, True, eps, state, lengths)
+    return _linear(q, k, v, None, None, features_q, features_k, False, 1.0, True, eps, state, lengths)
 
 
 def gated_linear_attention_step(
@@ -226,7 +263,26 @@ def gated_linear_attention_step(
 ) -> Tensor | None:
     """A step of `gated_linear_attention` (see its reference) that writes into `state`; None if no kernel covers it."""
     gate = log_gate if log_gate.ndim == 4 else log_gate.unsqueeze(-1)
-    return _linear(q, k, v, gate, features_q, features_k, scale, normalize, eps, state, lengths)
+    return _linear(q, k, v, gate, None, features_q, features_k, False, scale, normalize, eps, state, lengths)
+
+
+def delta_attention_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    log_gate: Tensor | None = None,
+    *,
+    features_q: Features,
+    features_k: Features,
+    unit: bool = True,
+    scale: float = 1.0,
+    state: State,
+    lengths: Tensor | None = None,
+) -> Tensor | None:
+    """A step of `delta_attention` (see its reference) that writes into `state`; None if no kernel covers it."""
+    gate = log_gate.unsqueeze(-1) if log_gate is not None and log_gate.ndim == 3 else log_gate
+    return _linear(q, k, v, gate, beta.unsqueeze(-1), features_q, features_k, unit, scale, False, 0.0, state, lengths)
 
 
 def _linear(
@@ -234,8 +290,10 @@ def _linear(
     k: Tensor,
     v: Tensor,
     gate: Tensor | None,
+    beta: Tensor | None,
     features_q: Features,
     features_k: Features,
+    unit: bool,
     scale: float,
     normalize: bool,
     eps: float,
@@ -243,8 +301,8 @@ def _linear(
     lengths: Tensor | None,
 ) -> Tensor | None:
     S, z = state["S"], state["z"] if normalize else None
-    fits = mapped(features_q, features_k, q, k, S.shape[1]) and covered(q, k, v, gate, S)
+    fits = mapped(features_q, features_k, q, k, S.shape[1]) and covered(q, k, v, gate, beta, S)
     if not fits or not writable(S, z):
         return None
     (*map_q, name_q), (*map_k, name_k) = Map.of(features_q), Map.of(features_k)
-    return _step(q, k, v, gate, *map_q, *map_k, lengths, S, z, name_q, name_k, float(scale), float(eps))
+    return _step(q, k, v, gate, beta, *map_q, *map_k, lengths, S, z, name_q, name_k, unit, float(scale), float(eps))
