@@ -16,6 +16,9 @@ SHIPPED = [
     "control/window-lora",
     "llama/hedgehog",
     "llama/liger-gla",
+    "llama/liger-hgrn2",
+    "llama/lightning",
+    "llama/lizard",
     "llama/logmass",
     "llama/lolcats-405b-blockwise",
     "llama/lolcats-70b-fsdp",
@@ -107,6 +110,25 @@ def test_hedgehog_is_the_papers(family):
     assert lora.kind == "lora"
 
 
+def test_lizard_is_the_papers_but_for_what_it_says():
+    recipe = load_recipe("llama/lizard")
+    mixer, (transfer, lora) = recipe.mixer, recipe.stages
+    assert (mixer.kind, mixer.gate.kind, mixer.normalize, mixer.rope) == ("gated_scalar", "sigmoid", "z", "raw")
+    assert (mixer.window.size, mixer.window.sinks) == (128, 4)
+    assert (transfer.kind, transfer.lr, lora.lr, lora.rank, lora.alpha) == ("attention_transfer", 1e-3, 5e-4, 8, 16)
+    for stage in recipe.stages:
+        steps = stage.tokens / (stage.batch_size * stage.accumulate * stage.sequence_length)
+        assert (stage.tokens, stage.sequence_length, stage.schedule.kind) == (20_000_000, 2048, "cosine")
+        assert stage.schedule.warmup == round(steps / 10)
+
+
+def test_liger_hgrn2_is_liger_with_another_recurrence():
+    liger, hgrn2 = load_recipe("llama/liger-gla"), load_recipe("llama/liger-hgrn2")
+    assert hgrn2.stages == liger.stages
+    assert (hgrn2.mixer.kind, hgrn2.mixer.gate.normalizer) == ("hgrn2", 1)
+    assert (hgrn2.mixer.window, hgrn2.mixer.mix) == (liger.mixer.window, liger.mixer.mix)
+
+
 def test_families_differ_only_in_what_they_are_tuned_for():
     for method in ("lolcats", "liger-gla", "hedgehog"):
         assert load_recipe(f"llama/{method}") == load_recipe(f"mistral/{method}")
@@ -128,14 +150,14 @@ def test_sources_agree():
     [
         (
             "lama/lolcats",
-            "no recipe named 'lama/lolcats'; did you mean 'llama/lolcats'? `surgery recipes` lists all 12",
+            f"no recipe named 'lama/lolcats'; did you mean 'llama/lolcats'? `surgery recipes` lists all {len(SHIPPED)}",
         ),
         (
             "liger-gla",
             "no recipe named 'liger-gla'; did you mean 'llama/liger-gla' or 'mistral/liger-gla'? "
-            "`surgery recipes` lists all 12",
+            f"`surgery recipes` lists all {len(SHIPPED)}",
         ),
-        ("quadratic", "no recipe named 'quadratic'; `surgery recipes` lists all 12"),
+        ("quadratic", f"no recipe named 'quadratic'; `surgery recipes` lists all {len(SHIPPED)}"),
         ("../llama/lolcats", "no recipe named '../llama/lolcats'; did you mean 'llama/lolcats'? "),
         ("mine.yaml", "no recipe file 'mine.yaml'; `surgery recipes` lists those that need no file"),
         (Path("mine"), "no recipe file 'mine'; `surgery recipes` lists those that need no file"),

@@ -5,17 +5,26 @@ from typing import Annotated
 from pydantic import Field
 
 from .base import AttentionContext, AttentionShape, Config, Mixer, State
+from .gated_scalar import GatedScalarConfig
 from .gla import GLAConfig
+from .hgrn2 import HGRN2Config
+from .lightning import LightningConfig
 from .linear import LinearConfig
 from .window import WindowOnlyConfig
 
-MixerConfig = Annotated[LinearConfig | GLAConfig | WindowOnlyConfig, Field(discriminator="kind")]
+MixerConfig = Annotated[
+    LinearConfig | LightningConfig | GatedScalarConfig | GLAConfig | HGRN2Config | WindowOnlyConfig,
+    Field(discriminator="kind"),
+]
 
 __all__ = [
     "AttentionContext",
     "AttentionShape",
     "Config",
     "GLAConfig",
+    "GatedScalarConfig",
+    "HGRN2Config",
+    "LightningConfig",
     "LinearConfig",
     "Mixer",
     "MixerConfig",

@@ -105,12 +105,12 @@ def test_gradcheck(name):
     rest = span(call, 9, 13)
     floats = [key for key, x in state.items() if x.is_floating_point()]
     parameters = dict(mixer.named_parameters())
-    names = ["q", "k", "v", "raw_q", "raw_k"]
+    names = ["q", "k", "v", "raw_q", "raw_k", "hidden_states"]
 
     def run(*inputs):
         fields = dict(zip(names, inputs, strict=False))
-        carried = dict(zip(floats, inputs[5:], strict=False))
-        values = dict(zip(parameters, inputs[5 + len(floats) :], strict=True))
+        carried = dict(zip(floats, inputs[6:], strict=False))
+        values = dict(zip(parameters, inputs[6 + len(floats) :], strict=True))
         arguments = (replace(rest, **fields), {**state, **carried}, True)
         y, after = torch.func.functional_call(mixer, values, arguments)
         return y, *(x for x in after.values() if x.is_floating_point())
@@ -242,7 +242,7 @@ def test_copies_and_pickles(name):
 @every_mixer
 def test_asks_for_what_it_uses(name):
     mixer, call = build(name), context(20)
-    unused = {"raw_q", "raw_k"} - mixer.needs
+    unused = {"raw_q", "raw_k", "hidden_states"} - mixer.needs
     assert close(mixer(replace(call, **dict.fromkeys(unused)))[0], mixer(call)[0])
     for field in mixer.needs:
         changed = replace(call, **{field: getattr(call, field) * 1.01})
