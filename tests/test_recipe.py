@@ -16,6 +16,7 @@ SHIPPED = [
     "control/window-lora",
     "llama/hedgehog",
     "llama/liger-gla",
+    "llama/liger-gsa",
     "llama/liger-hgrn2",
     "llama/lightning",
     "llama/lizard",
@@ -122,11 +123,12 @@ def test_lizard_is_the_papers_but_for_what_it_says():
         assert stage.schedule.warmup == round(steps / 10)
 
 
-def test_liger_hgrn2_is_liger_with_another_recurrence():
-    liger, hgrn2 = load_recipe("llama/liger-gla"), load_recipe("llama/liger-hgrn2")
-    assert hgrn2.stages == liger.stages
-    assert (hgrn2.mixer.kind, hgrn2.mixer.gate.normalizer) == ("hgrn2", 1)
-    assert (hgrn2.mixer.window, hgrn2.mixer.mix) == (liger.mixer.window, liger.mixer.mix)
+@pytest.mark.parametrize(("kind", "normalizer"), [("hgrn2", 1), ("gsa", 16)])
+def test_other_ligers_differ_in_the_recurrence(kind, normalizer):
+    liger, other = load_recipe("llama/liger-gla"), load_recipe(f"llama/liger-{kind}")
+    assert other.stages == liger.stages
+    assert (other.mixer.kind, other.mixer.gate.kind, other.mixer.gate.normalizer) == (kind, "key", normalizer)
+    assert (other.mixer.window, other.mixer.mix, other.mixer.rope) == (liger.mixer.window, liger.mixer.mix, "raw")
 
 
 def test_families_differ_only_in_what_they_are_tuned_for():

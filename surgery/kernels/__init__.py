@@ -3,7 +3,7 @@
 from . import chunked, examples, features, reference
 from .dispatch import BACKENDS, Op, backend, in_triton
 from .specs import Features, Joint, LogMass, State, Window
-from .state import linear_state, window_state
+from .state import linear_state, slot_state, window_state
 
 linear_attention = Op(
     reference.linear_attention,
@@ -19,6 +19,7 @@ gated_linear_attention = Op(
     in_triton("gated_linear_attention"),
     in_triton("gated_linear_attention_step"),
 )
+gated_slot_attention = Op(reference.gated_slot_attention, chunked.gated_slot_attention, examples.slots)
 window_attention = Op(
     reference.window_attention,
     chunked.window_attention,
@@ -45,6 +46,7 @@ OPS = {
     for op in (
         linear_attention,
         gated_linear_attention,
+        gated_slot_attention,
         window_attention,
         hybrid_attention,
         attention_cross_entropy,
@@ -64,9 +66,11 @@ __all__ = [
     "backend",
     "features",
     "gated_linear_attention",
+    "gated_slot_attention",
     "hybrid_attention",
     "linear_attention",
     "linear_state",
+    "slot_state",
     "window_attention",
     "window_state",
 ]

@@ -36,6 +36,11 @@ def gated(device: torch.device | str, dtype: torch.dtype) -> Arguments:
     return common | {"log_gate": gate, "features_q": Features("softmax"), "features_k": Features("softmax")}
 
 
+def slots(device: torch.device | str, dtype: torch.dtype) -> Arguments:
+    common = gated(device, dtype)
+    return {name: x for name, x in common.items() if not name.startswith("features")} | {"scaling": DIM**-0.5}
+
+
 def window(device: torch.device | str, dtype: torch.dtype) -> Arguments:
     common, _, _ = _qkv(device, dtype)
     return common | {"window": Window(16), "scaling": DIM**-0.5}

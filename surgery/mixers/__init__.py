@@ -7,13 +7,14 @@ from pydantic import Field
 from .base import AttentionContext, AttentionShape, Config, Mixer, State
 from .gated_scalar import GatedScalarConfig
 from .gla import GLAConfig
+from .gsa import GSAConfig
 from .hgrn2 import HGRN2Config
 from .lightning import LightningConfig
 from .linear import LinearConfig
 from .window import WindowOnlyConfig
 
 MixerConfig = Annotated[
-    LinearConfig | LightningConfig | GatedScalarConfig | GLAConfig | HGRN2Config | WindowOnlyConfig,
+    LinearConfig | LightningConfig | GatedScalarConfig | GLAConfig | HGRN2Config | GSAConfig | WindowOnlyConfig,
     Field(discriminator="kind"),
 ]
 
@@ -22,6 +23,7 @@ __all__ = [
     "AttentionShape",
     "Config",
     "GLAConfig",
+    "GSAConfig",
     "GatedScalarConfig",
     "HGRN2Config",
     "LightningConfig",

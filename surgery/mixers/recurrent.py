@@ -1,4 +1,4 @@
-"""What the mixers share whose recurrence sees the whole history, alone or averaged with the softmax of a window."""
+"""What the mixers share whose recurrence decays: feature maps, a gate, and a normaliser or a norm."""
 
 from __future__ import annotations
 
@@ -11,35 +11,27 @@ from torch import Tensor, nn
 from .. import kernels
 from ..kernels import Features
 from ..kernels.features import precise
-from .base import AttentionContext, AttentionShape, MixerBase, Run, State
+from .averaged import AveragedConfig, AveragedMixer
+from .base import AttentionContext, AttentionShape, Run, State
 from .feature_maps import FeatureMapConfig, SoftmaxConfig
 from .gates import GateBase
 from .linear import check_positive, check_state
-from .mixes import AverageConfig
-from .windows import WindowConfig, Windowed, describe_window, window_branch
 
 
-class RecurrentConfig(MixerBase):
+class RecurrentConfig(AveragedConfig):
     """S = α S + φ(k)ᵀv, y = φ(q)S over the whole history, averaged with the softmax of a window.
 
-    gate: where α comes from. state, rope: as for `linear`.
+    gate: where α comes from. state: as for `linear`.
     normalize: none; z: by φ(q)·z, with z = α z + φ(k); rms: see `HeadNorm`.
-    mix: average only, as both branches are complete: the recurrence has the keys of the window too.
     """
 
     feature_map: FeatureMapConfig = SoftmaxConfig()
     gate: GateBase
     normalize: Literal["none", "z", "rms"] = "none"
     state: Literal["kv_head", "head"] = "kv_head"
-    rope: Literal["rotated", "raw"] = "raw"
-    window: WindowConfig | None = WindowConfig(size=64)
-    mix: AverageConfig | None = AverageConfig()
 
     @model_validator(mode="after")
-    def _check(self) -> RecurrentConfig:
-        if (self.window is None) != (self.mix is None):
-            there, missing = ("window", "mix") if self.mix is None else ("mix", "window")
-            raise ValueError(f"{there} and {missing} come together: give both, or set both to null")
+    def _parts_fit(self) -> RecurrentConfig:
         if self.normalize == "z":
             check_positive(self.feature_map)
         if not self.gate.per_head:
@@ -75,45 +67,32 @@ class HeadNorm(nn.Module):
         return (exact * size * precise(self.gain).unsqueeze(-1)).to(y.dtype)
 
 
-class RecurrentMixer(Windowed):
+class RecurrentMixer(AveragedMixer):
     """See `RecurrentConfig`. New parameters: those of the feature maps, of the gate and of the norm."""
 
+    config: RecurrentConfig
+
     def __init__(self, config: RecurrentConfig, shape: AttentionShape) -> None:
-        super().__init__(shape)
-        self.config = config
-        self.state_heads = shape.heads if config.state == "head" else shape.kv_heads
-        build, copies = config.feature_map.build, shape.heads // self.state_heads
+        heads = shape.heads if config.state == "head" else shape.kv_heads
+        gate = config.gate.build(shape, heads)
+        super().__init__(config, shape, frozenset({gate.source} & {"raw_k", "hidden_states"}))
+        self.state_heads = heads
+        build, copies = config.feature_map.build, shape.heads // heads
         self.feature_map_q = build(shape.heads, shape.head_dim, copies=copies, seed=shape.layer)
-        self.feature_map_k = build(self.state_heads, shape.head_dim, seed=shape.layer)
-        self.gate = config.gate.build(shape, self.state_heads)
-        if self.gate.per_channel and self.feature_map_q.size != shape.head_dim:
+        self.feature_map_k = build(heads, shape.head_dim, seed=shape.layer)
+        self.gate = gate
+        if gate.per_channel and self.feature_map_q.size != shape.head_dim:
             raise ValueError(
                 f"gate {config.gate.kind} decays the {shape.head_dim} channels of a head, but feature map "
                 f"{config.feature_map.kind} gives {self.feature_map_q.size}: use a map that keeps the width, as softmax"
             )
         self.norm = HeadNorm(shape.heads) if config.normalize == "rms" else None
-        self.window = None if config.window is None else config.window.build(shape)
-        self.mix = None if config.mix is None else config.mix.build(shape, self.state_heads, self.feature_map_q.mass)
-        raw = {"raw_q", "raw_k"} if config.rope == "raw" else set()
-        self.needs = frozenset(raw | ({self.gate.source} & {"raw_k", "hidden_states"}))
 
-    def attend(self, context: AttentionContext, run: Run) -> Tensor:
-        window = self.near
-        if window is not None and self.window_alone:
-            return window_branch(window, self.shape, context, run)
-        y = self.recur(context, run)
-        if self.norm is not None:
-            y = self.norm(y)
-        if window is None or self.mix is None or not window.size:
-            return y
-        return self.mix(window_branch(window, self.shape, context, run), y)
-
-    def recur(self, context: AttentionContext, run: Run) -> Tensor:
-        """The recurrence's output [B, T, H, D]."""
+    def branch(self, context: AttentionContext, run: Run) -> Tensor:
         log_gate = self.gate(getattr(context, self.gate.source))
-        q, k = self.linear_inputs(context)
+        q, k = self.inputs(context)
         k, features_k = self.keys(k, log_gate, context)
-        return run(
+        y = run(
             kernels.gated_linear_attention,
             q,
             k,
@@ -123,14 +102,7 @@ class RecurrentMixer(Windowed):
             features_k=features_k,
             normalize=self.config.normalize == "z",
         )
-
-    def linear_inputs(self, context: AttentionContext) -> tuple[Tensor, Tensor]:
-        """q and k of the recurrence."""
-        if self.config.rope == "rotated":
-            return context.q, context.k
-        assert context.raw_q is not None
-        assert context.raw_k is not None
-        return context.raw_q, context.raw_k
+        return y if self.norm is None else self.norm(y)
 
     def keys(self, k: Tensor, log_gate: Tensor, context: AttentionContext) -> tuple[Tensor, Features]:
         """What the recurrence takes as keys, and their map."""
@@ -139,30 +111,12 @@ class RecurrentMixer(Windowed):
             k = k.repeat_interleave(self.state_heads // k.shape[2], 2)
         return k, self.feature_map_k()
 
-    def init_state(self, batch: int, *, device: torch.device | str, dtype: torch.dtype) -> State:
-        state = self.empty_history(batch, device=device, dtype=dtype)
-        if self.window is None:
-            return state
-        heads, size = self.shape.kv_heads, self.shape.head_dim
-        return state | kernels.window_state(batch, self.window, heads, size, device=device, dtype=dtype)
+    def history(self, batch: int, *, device: torch.device | str, dtype: torch.dtype) -> State:
+        heads, features, size = self.state_heads, self.feature_map_q.size, self.shape.head_dim
+        normalized = self.config.normalize == "z"
+        return kernels.linear_state(batch, heads, features, size, device=device, dtype=dtype, normalized=normalized)
 
-    def empty_history(self, batch: int, *, device: torch.device | str, dtype: torch.dtype) -> State:
-        """The recurrence's part of the state."""
-        return kernels.linear_state(
-            batch,
-            self.state_heads,
-            self.feature_map_q.size,
-            self.shape.head_dim,
-            device=device,
-            dtype=dtype,
-            normalized=self.config.normalize == "z",
-        )
-
-    def describe(self) -> str:
+    def words(self) -> list[str]:
         config = self.config
-        parts = [config.kind, config.feature_map.kind, f"{config.gate.kind} gate"]
-        if config.normalize != "none":
-            parts.append(f"normalized by {config.normalize}")
-        if self.window is not None and config.mix is not None:
-            parts += [describe_window(self.window), config.mix.kind]
-        return ", ".join(parts)
+        parts = [config.feature_map.kind, f"{config.gate.kind} gate"]
+        return parts if config.normalize == "none" else [*parts, f"normalized by {config.normalize}"]

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from surgery import kernels
-from surgery.kernels import Features, Joint, LogMass, Window, linear_state, window_state
+from surgery.kernels import Features, Joint, LogMass, Window, linear_state, slot_state, window_state
 
 Arguments = dict[str, Any]
 
@@ -86,6 +86,12 @@ def gated(draw: Draw, scalar: bool = False, normalize: bool = False, per_head: b
     return draw.qkv() | maps | {"log_gate": gate, "normalize": normalize, "scale": 0.7}
 
 
+def slots(draw: Draw, count: int) -> Arguments:
+    s = draw.shape
+    gate = torch.nn.functional.logsigmoid(3 * draw.parameter(s.batch, s.tokens, s.kv_heads, count))
+    return draw.qkv() | {"log_gate": gate, "scaling": s.dim**-0.5}
+
+
 def window(draw: Draw, form: Window, softcap: float | None = None) -> Arguments:
     return draw.qkv() | {"window": form, "scaling": draw.shape.dim**-0.5, "softcap": softcap}
 
@@ -117,6 +123,7 @@ FORMS: dict[str, tuple[str, Callable[[Draw], Arguments]]] = {
     "gated-scalar": ("gated_linear_attention", lambda d: gated(d, scalar=True)),
     "gated-normalized": ("gated_linear_attention", lambda d: gated(d, normalize=True)),
     "gated-per-head": ("gated_linear_attention", lambda d: gated(d, per_head=True)),
+    "slots": ("gated_slot_attention", lambda d: slots(d, 5)),
     "window-sliding": ("window_attention", lambda d: window(d, SLIDING)),
     "window-one": ("window_attention", lambda d: window(d, Window(1))),
     "window-terraced": ("window_attention", lambda d: window(d, TERRACED)),
@@ -177,6 +184,8 @@ class Call:
             _, _, heads, features = kernels.features.apply(a["features_k"], a["k"]).shape
             normalized = a.get("normalize", True)
             state |= linear_state(batch, heads, features, dim, normalized=normalized, **options)
+        if self.op is kernels.gated_slot_attention:
+            state |= slot_state(batch, kv_heads, a["log_gate"].shape[-1], dim, **options)
         if "window" in a:
             state |= window_state(batch, a["window"], kv_heads, dim, linear_k=a.get("linear_k") is not None, **options)
         return state

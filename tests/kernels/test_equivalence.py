@@ -29,7 +29,7 @@ def test_chunked_is_the_reference(form, tokens):
 
 @pytest.mark.parametrize("shape", GROUPS, ids=str)
 @pytest.mark.parametrize(
-    "form", ["linear-per-head", "gated-channel", "window-sinks", "joint-sinks", "logmass-per-head"]
+    "form", ["linear-per-head", "gated-channel", "slots", "window-sinks", "joint-sinks", "logmass-per-head"]
 )
 def test_head_layouts(form, shape):
     assert difference(*both(Call.of(form, shape))) < 1e-10
@@ -144,7 +144,9 @@ def test_packing_is_separate_documents(form, sizes):
         assert difference((y, after), call.run("reference", state=before, segments=segments)) < 1e-10
 
 
-@pytest.mark.parametrize("form", ["linear", "gated-channel", "window-sinks", "joint-terraced-sinks", "logmass-sliding"])
+@pytest.mark.parametrize(
+    "form", ["linear", "gated-channel", "slots", "window-sinks", "joint-terraced-sinks", "logmass-sliding"]
+)
 def test_packed_rows_that_differ(form):
     call = Call.of(form, Shape(100, batch=3))
     segments = torch.tensor([[0] * 100, [0] * 7 + [1] * 93, [0] * 64 + [1] * 36])
@@ -158,7 +160,7 @@ def test_packed_rows_that_differ(form):
 
 
 @pytest.mark.parametrize(
-    "form", ["linear", "gated-channel", "gated-normalized", "joint-terraced-sinks", "logmass-sliding"]
+    "form", ["linear", "gated-channel", "gated-normalized", "slots", "joint-terraced-sinks", "logmass-sliding"]
 )
 def test_packed_gradients(form):
     call = Call.of(form, Shape(90, batch=1))

@@ -98,6 +98,16 @@ CONFIGS: dict[str, dict] = {
         "input_gate": "exp",
         "window": TERRACED,
     },
+    "gsa": {"kind": "gsa", "window": WINDOW},
+    "gsa-pooled": {
+        "kind": "gsa",
+        "slots": 4,
+        "gate": {"kind": "key", "normalizer": 2},
+        "scale": 1,
+        "rope": "rotated",
+        "window": None,
+        "mix": None,
+    },
     "hgrn2": {"kind": "hgrn2", "window": WINDOW},
     "hgrn2-low-rank": {
         "kind": "hgrn2",

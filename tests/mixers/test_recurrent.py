@@ -93,6 +93,29 @@ def test_hgrn2_is_a_moving_average_of_values():
     assert constant[:, -1].min() > 0.9
 
 
+@pytest.mark.parametrize("name", ["gsa", "gsa-pooled"])
+def test_gsa_attends_to_slots(name):
+    """The published order: two states, a softmax over slots between them; Liger's gate is the averaged key."""
+    mixer, call = build(name, **ALONE), context(40)
+    q, k = (call.raw_q, call.raw_k) if name == "gsa" else (call.q, call.k)
+    slots, normalizer, scale = (8, 16, 8**-0.5) if name == "gsa" else (4, 2, 1)
+    logits = call.raw_k if name == "gsa" else functional.adaptive_avg_pool1d(call.raw_k.flatten(2), 2 * slots)
+    alpha = repeated(logits.view(2, 40, 2, slots).sigmoid() ** (1 / normalizer))[..., None]
+    K, V, outputs = 0, 0, []
+    for t in range(40):
+        K = alpha[:, t] * K + (1 - alpha[:, t]) * repeated(k)[:, t, :, None]
+        V = alpha[:, t] * V + (1 - alpha[:, t]) * repeated(call.v)[:, t, :, None]
+        weights = (scale * torch.einsum("bhd,bhmd->bhm", q[:, t], K)).softmax(-1)
+        outputs.append(torch.einsum("bhm,bhmd->bhd", weights, V))
+    assert close(mixer(call)[0], torch.stack(outputs, 1))
+    assert not list(mixer.parameters())
+
+
+def test_slots_divide_the_head():
+    with pytest.raises(ValueError, match="3 slots do not divide the 8 channels"):
+        parse({"kind": "gsa", "slots": 3}).build(SHAPE)
+
+
 def test_half_lives_start_between_the_shortest_and_the_longest():
     wanted = torch.logspace(5, 12, 4, base=2)
     for config in (SpreadConfig(), SigmoidConfig(), Mamba2Config()):

@@ -3,12 +3,14 @@
 from .gated import gated_linear_attention
 from .hybrid import hybrid_attention
 from .linear import linear_attention
+from .slots import gated_slot_attention
 from .transfer import attention_cross_entropy
 from .window import window_attention
 
 __all__ = [
     "attention_cross_entropy",
     "gated_linear_attention",
+    "gated_slot_attention",
     "hybrid_attention",
     "linear_attention",
     "window_attention",
