@@ -25,6 +25,7 @@ SHIPPED = [
     "llama/lolcats-70b-fsdp",
     "llama/lolcats-8b",
     "llama/lolcats",
+    "llama/transnormer",
     "mistral/hedgehog",
     "mistral/liger-gla",
     "mistral/lolcats",
@@ -131,6 +132,12 @@ def test_other_ligers_differ_in_the_recurrence(kind, normalizer):
     assert (other.mixer.window, other.mixer.mix, other.mixer.rope) == (liger.mixer.window, liger.mixer.mix, "raw")
 
 
+def test_transnormer_is_the_papers():
+    early, late = load_recipe("llama/transnormer").mixer.mixers
+    assert (early.kind, early.window.size, early.window.layout) == ("diag", 64, "block")
+    assert (late.kind, late.feature_map.kind, late.gate.kind, late.normalize) == ("norm", "elu1", "none", "rms")
+
+
 def test_families_differ_only_in_what_they_are_tuned_for():
     for method in ("lolcats", "liger-gla", "hedgehog"):
         assert load_recipe(f"llama/{method}") == load_recipe(f"mistral/{method}")
@@ -217,7 +224,7 @@ stages:
         (2, "mixr", "unknown key; did you mean 'mixer'?"),
         (3, "mixer.kind", "found 'lineer'; did you mean 'linear'?"),
         (4, "mixer.window.siz", "unknown key; did you mean 'size'?"),
-        (4, "mixer.window.layout", "expected 'sliding' or 'terraced', found 'slide'; did you mean 'sliding'?"),
+        (4, "mixer.window.layout", "expected 'sliding', 'terraced' or 'block', found 'slide'; did you mean 'sliding'?"),
         (6, "mixr.state", "given twice, first on line 5; keep one"),
         (7, "mixer.mix.kind", "found 'log_mass'; did you mean 'logmass'?"),
         (10, "stages[0].lr", "expected a valid number, found 'fast'"),

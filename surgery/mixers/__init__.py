@@ -5,23 +5,38 @@ from typing import Annotated
 from pydantic import Field
 
 from .base import AttentionContext, AttentionShape, Config, Mixer, State
+from .by_depth import ByDepthConfig
+from .diag import DiagConfig
 from .gated_scalar import GatedScalarConfig
 from .gla import GLAConfig
 from .gsa import GSAConfig
 from .hgrn2 import HGRN2Config
 from .lightning import LightningConfig
 from .linear import LinearConfig
+from .norm import NormConfig
 from .window import WindowOnlyConfig
 
 MixerConfig = Annotated[
-    LinearConfig | LightningConfig | GatedScalarConfig | GLAConfig | HGRN2Config | GSAConfig | WindowOnlyConfig,
+    LinearConfig
+    | LightningConfig
+    | NormConfig
+    | GatedScalarConfig
+    | GLAConfig
+    | HGRN2Config
+    | GSAConfig
+    | DiagConfig
+    | WindowOnlyConfig
+    | ByDepthConfig,
     Field(discriminator="kind"),
 ]
+ByDepthConfig.model_rebuild(_types_namespace={"MixerConfig": MixerConfig})
 
 __all__ = [
     "AttentionContext",
     "AttentionShape",
+    "ByDepthConfig",
     "Config",
+    "DiagConfig",
     "GLAConfig",
     "GSAConfig",
     "GatedScalarConfig",
@@ -30,6 +45,7 @@ __all__ = [
     "LinearConfig",
     "Mixer",
     "MixerConfig",
+    "NormConfig",
     "State",
     "WindowOnlyConfig",
 ]

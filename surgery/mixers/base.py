@@ -36,6 +36,11 @@ class MixerBase(Config):
         """Whether its outputs are averages with explicit weights, so that `Mixer.cross_entropy` exists."""
         return False
 
+    @property
+    def kinds(self) -> int:
+        """How many different mixers it builds for the layers of a model."""
+        return 1
+
     def build(self, shape: AttentionShape) -> Mixer:
         raise TypeError(f"{type(self).__name__} does not define build")
 

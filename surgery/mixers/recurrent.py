@@ -56,7 +56,7 @@ class HeadNorm(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """One: every output has unit size."""
+        """One: every output has unit size. `surgery.calibrate` gives it that of the teacher's heads."""
         with torch.no_grad():
             self.gain.fill_(1)
 

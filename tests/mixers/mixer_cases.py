@@ -98,6 +98,14 @@ CONFIGS: dict[str, dict] = {
         "input_gate": "exp",
         "window": TERRACED,
     },
+    "norm": {"kind": "norm"},
+    "norm-window": {
+        "kind": "norm",
+        "feature_map": {"kind": "relu"},
+        "gate": {"kind": "slopes", "by_layer": False},
+        "window": {"size": 6, "layout": "block"},
+        "mix": {"kind": "average"},
+    },
     "gsa": {"kind": "gsa", "window": WINDOW},
     "gsa-pooled": {
         "kind": "gsa",
@@ -121,6 +129,7 @@ CONFIGS: dict[str, dict] = {
 
 WITHOUT_HISTORY: dict[str, dict] = {
     "window": {"kind": "window", "window": WINDOW},
+    "diag": {"kind": "diag", "window": {"size": 8, "layout": "block"}},
     "window-sinks": {"kind": "window", "window": TERRACED},
 }
 CONFIGS |= WITHOUT_HISTORY

@@ -176,6 +176,49 @@ def test_norm_has_a_size_per_head():
     assert norm(y.bfloat16()).dtype == torch.bfloat16
 
 
+def test_norm_attention_is_linear_attention_with_a_norm():
+    mixer, call = build("norm"), context(30)
+    q, k = (functional.elu(x) + 1 for x in (call.q, repeated(call.k)))
+    weights = torch.einsum("bihd,bjhd->bhij", q, k).tril()
+    y = torch.einsum("bhij,bjhd->bihd", weights, repeated(call.v))
+    y = y / (y.square().mean(-1, keepdim=True) + 1e-5).sqrt() * mixer.norm.gain[:, None]
+    assert close(mixer(call)[0], y)
+
+
+def test_scores_near_zero_do_not_blow_up_the_gradient_of_a_norm():
+    """TransNormer's bound 3 c1 c2 d / (2 √eps), |dL/dy| ≤ c1 and |v| ≤ c2; a denominator's grows as 1 / score."""
+    generator = torch.Generator().manual_seed(0)
+    tokens, dim, eps = 32, 16, 1e-5
+    v = torch.rand(tokens, dim, generator=generator, dtype=torch.float64) * 2 - 1
+    out = torch.rand(dim, generator=generator, dtype=torch.float64) * 2 - 1
+    base = torch.rand(tokens, generator=generator, dtype=torch.float64) + 0.01
+    norm = HeadNorm(1, eps)
+
+    def slope(scale: float, normed: bool) -> float:
+        scores = (base * scale).requires_grad_()
+        y = scores @ v
+        y = norm(y.view(1, 1, 1, dim)).flatten() if normed else y / scores.sum()
+        return float(torch.autograd.grad(y @ out, scores)[0].abs().max())
+
+    scales = [10.0**-power for power in range(8)]
+    bound = 3 * dim / (2 * eps**0.5)
+    assert all(slope(scale, True) <= bound for scale in scales)
+    assert math.isclose(slope(scales[-1], True), slope(scales[-2], True), rel_tol=1e-3), "flat below √eps"
+    assert math.isclose(slope(1e-7, False), 1e7 * slope(1, False), rel_tol=1e-6)
+    assert slope(1e-7, False) > bound
+
+
+@pytest.mark.parametrize("tokens", [5, 16, 21])
+def test_diag_is_softmax_inside_blocks(tokens):
+    call = context(tokens)
+    q, k, v = (x.transpose(1, 2) for x in (call.q, repeated(call.k), repeated(call.v)))
+    pieces = [
+        functional.scaled_dot_product_attention(*(x[:, :, i : i + 8] for x in (q, k, v)), is_causal=True)
+        for i in range(0, tokens, 8)
+    ]
+    assert close(build("diag")(call)[0], torch.cat(pieces, 2).transpose(1, 2))
+
+
 ERRORS = {
     "signed-z": (
         {"kind": "lightning", "normalize": "z", "feature_map": {"kind": "identity"}},
@@ -186,6 +229,7 @@ ERRORS = {
         {"kind": "lightning", "state": "head", "feature_map": {"kind": "softmax"}, "gate": {"kind": "none"}},
         "states of a group would be copies",
     ),
+    "one-part": ({"kind": "by_depth", "mixers": [{"kind": "norm"}]}, "at least 2"),
     "joint": ({"kind": "gated_scalar", "mix": {"kind": "joint"}}, "average"),
     "window-alone": ({"kind": "gated_scalar", "mix": None}, "window and mix come together"),
     "constant-keys": ({"kind": "hgrn2", "gate": {"kind": "constant"}}, "'key', 'low_rank'"),
