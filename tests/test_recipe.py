@@ -25,6 +25,7 @@ SHIPPED = [
     "llama/lolcats-70b-fsdp",
     "llama/lolcats-8b",
     "llama/lolcats",
+    "llama/mesa",
     "llama/transnormer",
     "mistral/hedgehog",
     "mistral/liger-gla",

@@ -3,7 +3,7 @@
 from . import chunked, examples, features, reference
 from .dispatch import BACKENDS, Op, backend, in_triton
 from .specs import Features, Joint, LogMass, State, Window
-from .state import linear_state, slot_state, window_state
+from .state import linear_state, mesa_state, slot_state, window_state
 
 linear_attention = Op(
     reference.linear_attention,
@@ -20,6 +20,7 @@ gated_linear_attention = Op(
     in_triton("gated_linear_attention_step"),
 )
 gated_slot_attention = Op(reference.gated_slot_attention, chunked.gated_slot_attention, examples.slots)
+mesa_attention = Op(reference.mesa_attention, chunked.mesa_attention, examples.mesa)
 window_attention = Op(
     reference.window_attention,
     chunked.window_attention,
@@ -47,6 +48,7 @@ OPS = {
         linear_attention,
         gated_linear_attention,
         gated_slot_attention,
+        mesa_attention,
         window_attention,
         hybrid_attention,
         attention_cross_entropy,
@@ -70,6 +72,8 @@ __all__ = [
     "hybrid_attention",
     "linear_attention",
     "linear_state",
+    "mesa_attention",
+    "mesa_state",
     "slot_state",
     "window_attention",
     "window_state",

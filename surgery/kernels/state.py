@@ -35,6 +35,15 @@ def slot_state(
     }
 
 
+def mesa_state(
+    batch: int, heads: int, head_dim: int, value_dim: int, *, device: torch.device | str, dtype: torch.dtype
+) -> State:
+    """H [B, H_kv, D, D] and S [B, H_kv, D, D_v]; fp32 (fp64 when `dtype` is)."""
+    dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    sizes = {"H": head_dim, "S": value_dim}
+    return {name: torch.zeros(batch, heads, head_dim, n, device=device, dtype=dtype) for name, n in sizes.items()}
+
+
 def window_state(
     batch: int,
     window: Window,

@@ -13,6 +13,7 @@ from .gsa import GSAConfig
 from .hgrn2 import HGRN2Config
 from .lightning import LightningConfig
 from .linear import LinearConfig
+from .mesa import MesaConfig
 from .norm import NormConfig
 from .window import WindowOnlyConfig
 
@@ -24,6 +25,7 @@ MixerConfig = Annotated[
     | GLAConfig
     | HGRN2Config
     | GSAConfig
+    | MesaConfig
     | DiagConfig
     | WindowOnlyConfig
     | ByDepthConfig,
@@ -43,6 +45,7 @@ __all__ = [
     "HGRN2Config",
     "LightningConfig",
     "LinearConfig",
+    "MesaConfig",
     "Mixer",
     "MixerConfig",
     "NormConfig",

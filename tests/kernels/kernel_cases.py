@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from surgery import kernels
-from surgery.kernels import Features, Joint, LogMass, Window, linear_state, slot_state, window_state
+from surgery.kernels import Features, Joint, LogMass, Window, linear_state, mesa_state, slot_state, window_state
 
 Arguments = dict[str, Any]
 
@@ -92,6 +92,13 @@ def slots(draw: Draw, count: int) -> Arguments:
     return draw.qkv() | {"log_gate": gate, "scaling": s.dim**-0.5}
 
 
+def mesa(draw: Draw) -> Arguments:
+    s = draw.shape
+    gate = torch.nn.functional.logsigmoid(2 + 2 * draw.parameter(s.batch, s.tokens, s.kv_heads))
+    ridge = 0.25 + draw.parameter(s.kv_heads, s.dim).square()
+    return draw.qkv() | {"log_gate": gate, "ridge": ridge, "steps": 2 * s.dim}
+
+
 def window(draw: Draw, form: Window, softcap: float | None = None) -> Arguments:
     return draw.qkv() | {"window": form, "scaling": draw.shape.dim**-0.5, "softcap": softcap}
 
@@ -124,6 +131,7 @@ FORMS: dict[str, tuple[str, Callable[[Draw], Arguments]]] = {
     "gated-normalized": ("gated_linear_attention", lambda d: gated(d, normalize=True)),
     "gated-per-head": ("gated_linear_attention", lambda d: gated(d, per_head=True)),
     "slots": ("gated_slot_attention", lambda d: slots(d, 5)),
+    "mesa": ("mesa_attention", mesa),
     "window-sliding": ("window_attention", lambda d: window(d, SLIDING)),
     "window-one": ("window_attention", lambda d: window(d, Window(1))),
     "window-terraced": ("window_attention", lambda d: window(d, TERRACED)),
@@ -188,6 +196,8 @@ class Call:
             state |= linear_state(batch, heads, features, dim, normalized=normalized, **options)
         if self.op is kernels.gated_slot_attention:
             state |= slot_state(batch, kv_heads, a["log_gate"].shape[-1], dim, **options)
+        if self.op is kernels.mesa_attention:
+            state |= mesa_state(batch, kv_heads, dim, dim, **options)
         if "window" in a:
             state |= window_state(batch, a["window"], kv_heads, dim, linear_k=a.get("linear_k") is not None, **options)
         return state

@@ -29,7 +29,7 @@ def test_chunked_is_the_reference(form, tokens):
 
 @pytest.mark.parametrize("shape", GROUPS, ids=str)
 @pytest.mark.parametrize(
-    "form", ["linear-per-head", "gated-channel", "slots", "window-sinks", "joint-sinks", "logmass-per-head"]
+    "form", ["linear-per-head", "gated-channel", "slots", "mesa", "window-sinks", "joint-sinks", "logmass-per-head"]
 )
 def test_head_layouts(form, shape):
     assert difference(*both(Call.of(form, shape))) < 1e-10
@@ -145,7 +145,7 @@ def test_packing_is_separate_documents(form, sizes):
 
 
 @pytest.mark.parametrize(
-    "form", ["linear", "gated-channel", "slots", "window-sinks", "joint-terraced-sinks", "logmass-sliding"]
+    "form", ["linear", "gated-channel", "slots", "mesa", "window-sinks", "joint-terraced-sinks", "logmass-sliding"]
 )
 def test_packed_rows_that_differ(form):
     call = Call.of(form, Shape(100, batch=3))
@@ -160,7 +160,7 @@ def test_packed_rows_that_differ(form):
 
 
 @pytest.mark.parametrize(
-    "form", ["linear", "gated-channel", "gated-normalized", "slots", "joint-terraced-sinks", "logmass-sliding"]
+    "form", ["linear", "gated-channel", "gated-normalized", "slots", "mesa", "joint-terraced-sinks", "logmass-sliding"]
 )
 def test_packed_gradients(form):
     call = Call.of(form, Shape(90, batch=1))

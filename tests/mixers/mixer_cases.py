@@ -106,6 +106,15 @@ CONFIGS: dict[str, dict] = {
         "window": {"size": 6, "layout": "block"},
         "mix": {"kind": "average"},
     },
+    "mesa": {"kind": "mesa", "window": WINDOW, "gate": {"kind": "sigmoid", "shortest": 4}},
+    "mesa-rotated": {
+        "kind": "mesa",
+        "gate": {"kind": "spread", "shortest": 2, "longest": 64},
+        "steps": 12,
+        "rope": "rotated",
+        "window": None,
+        "mix": None,
+    },
     "gsa": {"kind": "gsa", "window": WINDOW},
     "gsa-pooled": {
         "kind": "gsa",

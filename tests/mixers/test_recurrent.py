@@ -219,6 +219,32 @@ def test_diag_is_softmax_inside_blocks(tokens):
     assert close(build("diag")(call)[0], torch.cat(pieces, 2).transpose(1, 2))
 
 
+@pytest.mark.parametrize("name", ["mesa", "mesa-rotated"])
+def test_mesa_predicts_by_weighted_ridge_regression(name):
+    """At every token: the weights that minimise the decayed squared errors of the values, and their ridge penalty."""
+    mixer, call = build(name, **ALONE), context(12, batch=1)
+    q, k = (call.raw_q, call.raw_k) if name == "mesa" else (call.q, call.k)
+    q, k = functional.normalize(q[0], dim=-1), functional.normalize(k[0], dim=-1)
+    if name == "mesa":
+        alpha = (call.hidden_states[0] @ mixer.gate.weight + mixer.gate.bias).sigmoid()
+    else:
+        alpha = (-mixer.gate.rate.exp()).exp().expand(12, 2)
+    ridge = 0.25 + functional.softplus(mixer.ridge)
+    for t in range(12):
+        for head in range(4):
+            kv = head // 2
+            weights = torch.stack([alpha[j + 1 : t + 1, kv].prod() for j in range(t + 1)]).sqrt().unsqueeze(1)
+            rows = torch.cat([weights * k[: t + 1, kv], ridge[kv].sqrt().diag()])
+            wanted = torch.cat([weights * call.v[0, : t + 1, kv], torch.zeros(8, 8)])
+            fitted = torch.linalg.lstsq(rows, wanted).solution
+            assert close(mixer(call)[0][0, t, head], q[t, head] @ fitted, 1e-8)
+
+
+def test_mesa_starts_with_a_ridge_of_one_above_the_smallest():
+    ridge = functional.softplus(parse({"kind": "mesa"}).build(SHAPE).ridge)
+    assert torch.allclose(ridge, torch.ones(2, 8))
+
+
 ERRORS = {
     "signed-z": (
         {"kind": "lightning", "normalize": "z", "feature_map": {"kind": "identity"}},

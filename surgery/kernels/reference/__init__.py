@@ -3,6 +3,7 @@
 from .gated import gated_linear_attention
 from .hybrid import hybrid_attention
 from .linear import linear_attention
+from .mesa import mesa_attention
 from .slots import gated_slot_attention
 from .transfer import attention_cross_entropy
 from .window import window_attention
@@ -13,5 +14,6 @@ __all__ = [
     "gated_slot_attention",
     "hybrid_attention",
     "linear_attention",
+    "mesa_attention",
     "window_attention",
 ]
