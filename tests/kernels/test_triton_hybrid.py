@@ -23,6 +23,7 @@ SINKS, TERRACED_SINKS = Window(7, sinks=3), Window(6, "terraced", sinks=5)
 FORMS = {
     "window-sliding": ("window_attention", lambda d: window(d, SLIDING)),
     "window-terraced": ("window_attention", lambda d: window(d, TERRACED)),
+    "window-block": ("window_attention", lambda d: window(d, Window(6, "block"))),
     "window-softcap": ("window_attention", lambda d: window(d, WIDE, softcap=0.8)),
     "window-sinks": ("window_attention", lambda d: window(d, SINKS)),
     "window-terraced-sinks": ("window_attention", lambda d: window(d, TERRACED_SINKS, softcap=0.8)),
