@@ -106,7 +106,7 @@ def efficiency(row: Row, rows: list[Row]) -> float | None:
 
 def report(result: dict[str, Any]) -> str:
     rows = result["rows"]
-    percent = lambda x: "–" if x is None else f"{x:.0%}"  # noqa: E731
+    percent = lambda x: "–" if x is None or x != x else f"{x:.0%}"  # noqa: E731
     columns = [*KEY, "tokens/s", "efficiency", "peak GiB", "communication", "exposed", "loss"]
     lines = [columns, ["---"] * len(columns)]
     for row in rows:
@@ -204,8 +204,8 @@ def main(given: list[str] | None = None) -> dict[str, Any]:
             left = end - time.monotonic()
             if left > 0:
                 run(cells, shared, min(chosen.timeout, left), found)
-    (chosen.out / "scaling.md").write_text(report(result))
-    plot(result["rows"], chosen.out / "scaling.png")
+                (chosen.out / "scaling.md").write_text(report(result))
+                plot(result["rows"], chosen.out / "scaling.png")
     return result
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import json
+import math
 import os
 import sys
 import time
@@ -133,6 +134,8 @@ def shares(events: list[Any]) -> dict[str, float]:
         span, name = (event.time_range.start, event.time_range.end), event.name.lower()
         (collective if "nccl" in name or "gloo:" in name else other).append(span)
     every = collective + other
+    if not every:
+        return {"communication": math.nan, "exposed": math.nan}  # this machine does not let itself be profiled
     total = max(end for _, end in every) - min(start for start, _ in every)
     alone = covered(every) - covered(other)
     return {"communication": covered(collective) / total, "exposed": alone / total}

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from .. import adapters
 from ..errors import SurgeryError
 from ..patchers.sites import projections
+from ..sharding import units
 from ..training.parameters import new_parameters, train_only
 from ..training.stages import Part, Projection
 from .base import HealingCallback, rewrap
@@ -96,6 +97,11 @@ class LoRAUnfreezing(HealingCallback):
             self._unfreeze(pl_module, 1)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.merge and units(pl_module):
+            raise SurgeryError(
+                "LoRAUnfreezing(merge=True) takes a whole model, and this one is sharded: leave merge out, and "
+                "merge what was saved once it is loaded again"
+            )
         # before the state of the optimizers is restored, which has these groups if the checkpoint is from after `start`
         if self.start == 0 or self._groups_in_checkpoint:
             self._add_groups(trainer)

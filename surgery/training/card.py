@@ -11,7 +11,7 @@ from ..doctor import environment
 from ..recipe import Recipe
 
 if TYPE_CHECKING:
-    from .convert import StageResult
+    from .run import StageResult
 
 CARD = """---
 library_name: transformers

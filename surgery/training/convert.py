@@ -7,7 +7,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
@@ -24,11 +25,13 @@ from ..callbacks import AttentionTransfer, BranchMonitor, DomainMixing
 from ..callbacks.base import HealingCallback
 from ..callbacks.lora_unfreezing import ADAPTER
 from ..callbacks.recipes import stage_callbacks
+from ..callbacks.schedules import schedule
 from ..errors import SurgeryError, loading
 from ..patchers.interface import converted_layers
 from ..patchers.sites import projections
 from ..recipe import Recipe
 from ..sharding import units
+from .blockwise import Relay, train_blocks
 from .card import model_card
 from .data.corpus import OnError, open_corpora
 from .data.module import HealingData
@@ -36,8 +39,9 @@ from .data.sources import open_source
 from .delta import load_delta, save_delta
 from .mixing import DomainSampler
 from .module import HealingModule
-from .processes import join
-from .run import Run, write_csv, write_text
+from .processes import Team, join
+from .run import Run, StageResult, write_csv, write_text
+from .stages import AttentionTransfer as Transfer
 from .stages import LoRA, Plateau, StageConfig, TemperatureMixing
 from .strategy import Sharding, Strategy, sharded
 from .watch import Checkpoints, Validation, Watch
@@ -74,18 +78,6 @@ class Options:
         return self.accelerator == "cpu" or not torch.cuda.is_available()
 
 
-@dataclass
-class StageResult:
-    """What one stage did. losses: validation, (step, loss) each."""
-
-    kind: str
-    steps: int
-    tokens: int
-    seconds: float
-    parameters: int
-    losses: list[tuple[int, float]] = field(default_factory=list)
-
-
 def convert(
     model: str | Path,
     recipe: Recipe,
@@ -109,7 +101,7 @@ def convert(
         raise SurgeryError("the recipe has no stages, so there is nothing to run: surgery.apply alone converts a model")
     team = join(options.devices, options.nodes, options.cpu)
     for stage in recipe.stages:
-        stage.on(team.world)
+        _own(stage, team)
     say = say if team.leads else lambda line: None
     run = Run(Path(out), team)
     request = team.led(lambda: _begin(run, str(model), recipe, data, validation, options, say))
@@ -228,45 +220,78 @@ def _stage(
     network: PreTrainedModel, index: int, stage: StageConfig, rows: StageData, run: Run, options: Options, say: Say
 ) -> StageResult:
     """Run one stage, or go on with it, or load what it learned."""
-    delta, checkpoint = run.delta(index), run.checkpoint(index)
+    delta = run.delta(index)
     summary = delta.with_suffix(".json")
     if delta.exists() and summary.exists():
         load_delta(network, delta)
         say("  done before")
         return StageResult(**_json(summary))
-    team, own = run.team, stage.on(run.team.world)
-    data = rows.at(own)
-    steps = steps_of(stage, data.rows)
-    data.count = steps * own.accumulate
-    torch.manual_seed(options.seed + 1000 * (index + 1))
-    callbacks = _callbacks(stage, data, options)
-    transfer = next((c for c in callbacks if isinstance(c, AttentionTransfer)), None)
-    shards = sharded(options.strategy, network, team, options.cpu)
-    module = HealingModule(network, own, steps=steps, transfer=transfer, shards=shards)
-    every = stage.schedule.every if isinstance(stage.schedule, Plateau) else max(1, steps // 10)
-    validation = Validation(data.val_dataloader(), every)
-    # how much of the work the linear branch does; `Watch` looks out for losses that are no number
-    monitor = BranchMonitor(every, guard=False) if converted_layers(network) else None
-    watch = Watch(validation, None if options.progress else say, max(1, min(10, steps // 50)), monitor=monitor)
-    trainer = _trainer(module, run, index, options)
-    # in this order: what validation found is logged, and what was logged is flushed before a checkpoint is written
-    callbacks += [] if monitor is None else [monitor]
-    trainer.callbacks += [*callbacks, validation, watch, Checkpoints(checkpoint, options.save_every)]
-    began = time.monotonic()
-    _fit(trainer, module, data, checkpoint, options)
-
-    tokens = steps * stage.batch_size * stage.accumulate * stage.sequence_length
-    result = StageResult(
-        stage.kind, steps, tokens, round(time.monotonic() - began, 1), module.learning, validation.history
-    )
+    team = run.team
+    if isinstance(stage, Transfer) and stage.blockwise is not None:
+        train: Callable[[Relay, float], StageResult] = lambda relay, part: _train(  # noqa: E731
+            network, index, stage, rows, run, options, say, relay, part
+        )
+        result = train_blocks(network, stage.blockwise, run, index, options.save_every, train)
+    else:
+        result = _train(network, index, stage, rows, run, options, say)
     if team.leads:
         write_text(summary, _dump(asdict(result)))
     adapter = adapter_of(stage, network) if isinstance(stage, LoRA) else None
     save_delta(network, delta, adapter, write=team.leads)
     team.wait()
     if team.leads:
-        checkpoint.unlink(missing_ok=True)
+        run.checkpoint(index).unlink(missing_ok=True)
     return result
+
+
+def _own(stage: StageConfig, team: Team) -> StageConfig:
+    """What this process does of a stage; a block of layers sees all rows."""
+    return stage if isinstance(stage, Transfer) and stage.blockwise is not None else stage.on(team.world)
+
+
+def _train(
+    network: PreTrainedModel,
+    index: int,
+    stage: StageConfig,
+    rows: StageData,
+    run: Run,
+    options: Options,
+    say: Say,
+    relay: Relay | None = None,
+    part: float = 1.0,
+) -> StageResult:
+    """Train a stage to its end. relay, part: of a block of layers, which has that part of the loss of all."""
+    block = None if relay is None else relay.number
+    own, checkpoint = _own(stage, run.team), run.checkpoint(index, block)
+    data = rows.at(own)
+    steps = steps_of(stage, data.rows)
+    data.count = steps * own.accumulate
+    torch.manual_seed(options.seed + 1000 * (index + 1))
+    callbacks = _callbacks(stage, data, options)
+    transfer = next((c for c in callbacks if isinstance(c, AttentionTransfer)), None)
+    if transfer is not None:
+        transfer.weight = schedule(part)
+    shards = relay is None and sharded(options.strategy, network, run.team, options.cpu)
+    module = HealingModule(network, own, steps=steps, transfer=transfer, shards=shards)
+    every = stage.schedule.every if isinstance(stage.schedule, Plateau) else max(1, steps // 10)
+    held = data.val_dataloader()
+    validation = Validation(held if relay is None else relay.held(held), every)
+    # how much of the work the linear branch does; `Watch` looks out for losses that are no number
+    monitored = relay is None and converted_layers(network)
+    monitor = BranchMonitor(every, guard=False) if monitored else None
+    watch = Watch(validation, None if options.progress else say, max(1, min(10, steps // 50)), monitor=monitor)
+    trainer = _trainer(module, run, index, block, options)
+    # in this order: what validation found is logged, and what was logged is flushed before a checkpoint is written
+    callbacks += [] if monitor is None else [monitor]
+    trainer.callbacks += [*callbacks, validation, watch, Checkpoints(checkpoint, options.save_every)]
+    trainer.callbacks += [] if relay is None else [relay]
+    began = time.monotonic()
+    _fit(trainer, module, data, checkpoint, options)
+
+    tokens = steps * stage.batch_size * stage.accumulate * stage.sequence_length
+    return StageResult(
+        stage.kind, steps, tokens, round(time.monotonic() - began, 1), module.learning, validation.history
+    )
 
 
 def _callbacks(stage: StageConfig, data: HealingData, options: Options) -> list[HealingCallback]:
@@ -306,11 +331,13 @@ def _fit(trainer: Trainer, module: HealingModule, data: HealingData, checkpoint:
         )
 
 
-def _trainer(module: HealingModule, run: Run, index: int, options: Options) -> Trainer:
-    team, stage, steps = run.team, module.stage, module.steps
+def _trainer(module: HealingModule, run: Run, index: int, block: int | None, options: Options) -> Trainer:
+    team, stage, steps = run.team if block is None else Team(), module.stage, module.steps
     precision: Any = ("32-true" if options.cpu else "bf16-mixed") if options.precision == "auto" else options.precision
     strategy: Any = "auto" if team.world == 1 else Sharding(team) if module.shards else "ddp"
-    logs, attempt = run.folder / "logs", run.attempt(index)
+    if block is not None:  # whatever the other processes do
+        strategy = SingleDeviceStrategy("cpu" if options.cpu else torch.device("cuda", torch.cuda.current_device()))
+    logs, attempt = run.folder / "logs", run.attempt(index, block)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*does not have many workers.*|.*GPU available.*")
         return Trainer(

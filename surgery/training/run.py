@@ -5,12 +5,25 @@ from __future__ import annotations
 import csv
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..errors import SurgeryError
 from .processes import Team
+
+
+@dataclass
+class StageResult:
+    """What one stage did. losses: validation, (step, loss) each."""
+
+    kind: str
+    steps: int
+    tokens: int
+    seconds: float
+    parameters: int
+    losses: list[tuple[int, float]] = field(default_factory=list)
 
 
 class Run:
@@ -45,18 +58,20 @@ class Run:
         write_text(path, json.dumps(request, indent=1))
         return False
 
-    def delta(self, stage: int) -> Path:
-        """What stage `stage` learned; exists once it is finished."""
-        return self.folder / f"stage-{stage}.safetensors"
+    def delta(self, stage: int, block: int | None = None) -> Path:
+        """What stage `stage`, or a block of its layers, learned; exists once it is finished."""
+        return self.folder / f"{_name(stage, block)}.safetensors"
 
-    def checkpoint(self, stage: int) -> Path:
-        """Where stage `stage` resumes."""
-        return self.folder / f"stage-{stage}.ckpt"
+    def checkpoint(self, stage: int, block: int | None = None) -> Path:
+        """Where stage `stage`, or a block of its layers, resumes."""
+        return self.folder / f"{_name(stage, block)}.ckpt"
 
-    def attempt(self, stage: int) -> str:
-        """A name for the logs of the next attempt at a stage, in the order of attempts."""
-        before = self.team.led(lambda: len(list((self.folder / "logs" / "csv").glob(f"stage-{stage}.*"))))
-        return f"stage-{stage}.{before}"
+    def attempt(self, stage: int, block: int | None = None) -> str:
+        """A name for the logs of the next attempt at a stage, in the order of attempts; blocks log apart, and the first
+        stands for all."""
+        name = f"block-{block}-of-stage-{stage}" if block else f"stage-{stage}"
+        before: Callable[[], int] = lambda: len(list((self.folder / "logs" / "csv").glob(f"{name}.*")))  # noqa: E731
+        return f"{name}.{self.team.led(before) if block is None else before()}"
 
     def metrics(self) -> list[dict[str, str]]:
         """All rows that were logged, of all stages; steps that were taken again count once."""
@@ -75,6 +90,10 @@ class Run:
         while files := sorted((self.folder / "logs" / "csv").glob(f"stage-{stage}.*/metrics.csv"), key=_attempt):
             yield [list(csv.DictReader(file.read_text(encoding="utf-8").splitlines())) for file in files]
             stage += 1
+
+
+def _name(stage: int, block: int | None) -> str:
+    return f"stage-{stage}" if block is None else f"stage-{stage}.block-{block}"
 
 
 def _attempt(file: Path) -> int:

@@ -194,12 +194,21 @@ class AttentionTransfer(Stage):
     """Train new parameters to imitate each layer's softmax attention, all layers at once, the rest frozen.
 
     branch: what imitates it, both branches as the mixer mixes them, or the linear one alone over all keys.
+    blockwise: blocks of so many converted layers train one after the other, or on several devices one each, from hidden
+    states on disk; null: all layers together. Only schedules that follow a loss know the difference: a block's own.
     """
 
     kind: Literal["attention_transfer"] = "attention_transfer"
     loss: TransferLoss = TransferLoss(normalized_mse=1.0)
     trains: list[Part] = Field(["mixer"], min_length=1)
     branch: Literal["linear", "both"] = "both"
+    blockwise: PositiveInt | None = None
+
+    @model_validator(mode="after")
+    def _no_norm_over_blocks(self) -> Self:
+        if self.blockwise is not None and self.grad_clip is not None:
+            raise ValueError("blockwise trains blocks of layers apart, and grad_clip needs all gradients: take one out")
+        return self
 
 
 class LanguageLoss(Config):

@@ -58,7 +58,7 @@ class Late(Sharded):
         fully_shard(self.net, mesh=self.device_mesh["data_parallel"], ignored_params=ignored)
 
 
-MODULES = {"ddp": Plain, "fsdp": Sharded, "late": Late}
+MODULES = {"ddp": Plain, "fsdp": Sharded, "late": Late, "merge": Sharded}
 
 
 def weights(network: nn.Module) -> dict[str, Tensor]:
@@ -87,7 +87,8 @@ def process(rank: int, world: int, port: int, folder: str) -> None:
         strategy = "ddp" if kind == "ddp" else ModelParallelStrategy(data_parallel_size=world, tensor_parallel_size=1)
         result: str | dict[str, Tensor]
         try:
-            fit(module, callbacks(), halves, strategy=strategy, devices=world, use_distributed_sampler=False)
+            used = callbacks() if kind != "merge" else [LoRAUnfreezing(merge=True)]
+            fit(module, used, halves, strategy=strategy, devices=world, use_distributed_sampler=False)
             result = weights(module.net)
         except SurgeryError as error:
             result = str(error)
@@ -128,3 +129,8 @@ def test_two_processes_are_one(kind, found, expected):
 def test_what_learns_unsharded_is_refused(found):
     for error in found["late"]:
         assert "fully_shard did not see" in error and ".mixer." in error
+
+
+def test_merging_shards_is_refused(found):
+    for error in found["merge"]:
+        assert "merge=True) takes a whole model" in error
