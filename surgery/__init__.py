@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from .calibration import calibrate
 from .errors import RecipeError, SurgeryError, UnsupportedModelError
 from .hub import from_pretrained, register_configs
 from .operate import apply, inspect, mode, revert
@@ -19,6 +20,7 @@ __all__ = [
     "UnsupportedModelError",
     "__version__",
     "apply",
+    "calibrate",
     "callbacks_for",
     "from_pretrained",
     "inspect",

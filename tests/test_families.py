@@ -15,6 +15,9 @@ import surgery
 
 RECIPES = ["llama/lolcats", "llama/liger-gla", "llama/hedgehog", "llama/logmass"]
 CASES = [pytest.param(family, recipe, id=f"{family}-{recipe[6:]}") for family in zoo.FAMILIES for recipe in RECIPES]
+# a gate that reads the layer's input, which families hand over in their own ways
+CASES += [pytest.param(family, "llama/lizard", id=f"{family}-lizard") for family in ("llama", "gemma3", "gpt2")]
+CASES.append(pytest.param("qwen3", "llama/liger-gsa", id="qwen3-liger-gsa"))
 WINDOW = 8
 LENGTH = 40
 TOLERANCE = 1e-5

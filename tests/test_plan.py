@@ -421,6 +421,15 @@ def test_more_tokens_per_batch_take_proportional_memory():
 # every recipe and every shape
 
 
+def test_mixers_of_different_depth_are_counted_by_their_mean():
+    found = plan(load_config(shape="1b"), shortened("llama/transnormer"), Request(checkpointing=False))
+    shape, half = SHAPES["1b"], 8
+    width = 8 * shape["head_dim"]
+    assert found.new_parameters == half * shape["num_attention_heads"]
+    ring, recurrence = 2 * 64 * width * 2 + 8, width * shape["head_dim"] * 4
+    assert found.state == half * (ring + recurrence)
+
+
 @pytest.mark.parametrize("name", surgery.list_recipes())
 def test_every_recipe_has_a_plan(name):
     check(plan(load_config(shape="1b"), shortened(name), Request(checkpointing=False)))

@@ -16,11 +16,17 @@ SHIPPED = [
     "control/window-lora",
     "llama/hedgehog",
     "llama/liger-gla",
+    "llama/liger-gsa",
+    "llama/liger-hgrn2",
+    "llama/lightning",
+    "llama/lizard",
     "llama/logmass",
     "llama/lolcats-405b-blockwise",
     "llama/lolcats-70b-fsdp",
     "llama/lolcats-8b",
     "llama/lolcats",
+    "llama/mesa",
+    "llama/transnormer",
     "mistral/hedgehog",
     "mistral/liger-gla",
     "mistral/lolcats",
@@ -107,6 +113,32 @@ def test_hedgehog_is_the_papers(family):
     assert lora.kind == "lora"
 
 
+def test_lizard_is_the_papers_but_for_what_it_says():
+    recipe = load_recipe("llama/lizard")
+    mixer, (transfer, lora) = recipe.mixer, recipe.stages
+    assert (mixer.kind, mixer.gate.kind, mixer.normalize, mixer.rope) == ("gated_scalar", "sigmoid", "z", "raw")
+    assert (mixer.window.size, mixer.window.sinks) == (128, 4)
+    assert (transfer.kind, transfer.lr, lora.lr, lora.rank, lora.alpha) == ("attention_transfer", 1e-3, 5e-4, 8, 16)
+    for stage in recipe.stages:
+        steps = stage.tokens / (stage.batch_size * stage.accumulate * stage.sequence_length)
+        assert (stage.tokens, stage.sequence_length, stage.schedule.kind) == (20_000_000, 2048, "cosine")
+        assert stage.schedule.warmup == round(steps / 10)
+
+
+@pytest.mark.parametrize(("kind", "normalizer"), [("hgrn2", 1), ("gsa", 16)])
+def test_other_ligers_differ_in_the_recurrence(kind, normalizer):
+    liger, other = load_recipe("llama/liger-gla"), load_recipe(f"llama/liger-{kind}")
+    assert other.stages == liger.stages
+    assert (other.mixer.kind, other.mixer.gate.kind, other.mixer.gate.normalizer) == (kind, "key", normalizer)
+    assert (other.mixer.window, other.mixer.mix, other.mixer.rope) == (liger.mixer.window, liger.mixer.mix, "raw")
+
+
+def test_transnormer_is_the_papers():
+    early, late = load_recipe("llama/transnormer").mixer.mixers
+    assert (early.kind, early.window.size, early.window.layout) == ("diag", 64, "block")
+    assert (late.kind, late.feature_map.kind, late.gate.kind, late.normalize) == ("norm", "elu1", "none", "rms")
+
+
 def test_families_differ_only_in_what_they_are_tuned_for():
     for method in ("lolcats", "liger-gla", "hedgehog"):
         assert load_recipe(f"llama/{method}") == load_recipe(f"mistral/{method}")
@@ -128,14 +160,14 @@ def test_sources_agree():
     [
         (
             "lama/lolcats",
-            "no recipe named 'lama/lolcats'; did you mean 'llama/lolcats'? `surgery recipes` lists all 12",
+            f"no recipe named 'lama/lolcats'; did you mean 'llama/lolcats'? `surgery recipes` lists all {len(SHIPPED)}",
         ),
         (
             "liger-gla",
             "no recipe named 'liger-gla'; did you mean 'llama/liger-gla' or 'mistral/liger-gla'? "
-            "`surgery recipes` lists all 12",
+            f"`surgery recipes` lists all {len(SHIPPED)}",
         ),
-        ("quadratic", "no recipe named 'quadratic'; `surgery recipes` lists all 12"),
+        ("quadratic", f"no recipe named 'quadratic'; `surgery recipes` lists all {len(SHIPPED)}"),
         ("../llama/lolcats", "no recipe named '../llama/lolcats'; did you mean 'llama/lolcats'? "),
         ("mine.yaml", "no recipe file 'mine.yaml'; `surgery recipes` lists those that need no file"),
         (Path("mine"), "no recipe file 'mine'; `surgery recipes` lists those that need no file"),
@@ -193,7 +225,7 @@ stages:
         (2, "mixr", "unknown key; did you mean 'mixer'?"),
         (3, "mixer.kind", "found 'lineer'; did you mean 'linear'?"),
         (4, "mixer.window.siz", "unknown key; did you mean 'size'?"),
-        (4, "mixer.window.layout", "expected 'sliding' or 'terraced', found 'slide'; did you mean 'sliding'?"),
+        (4, "mixer.window.layout", "expected 'sliding', 'terraced' or 'block', found 'slide'; did you mean 'sliding'?"),
         (6, "mixr.state", "given twice, first on line 5; keep one"),
         (7, "mixer.mix.kind", "found 'log_mass'; did you mean 'logmass'?"),
         (10, "stages[0].lr", "expected a valid number, found 'fast'"),

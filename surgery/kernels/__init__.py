@@ -3,7 +3,7 @@
 from . import chunked, examples, features, reference
 from .dispatch import BACKENDS, Op, backend, in_triton
 from .specs import Features, Joint, LogMass, State, Window
-from .state import linear_state, window_state
+from .state import linear_state, mesa_state, slot_state, window_state
 
 linear_attention = Op(
     reference.linear_attention,
@@ -26,6 +26,8 @@ delta_attention = Op(
     in_triton("delta_attention"),
     in_triton("delta_attention_step"),
 )
+gated_slot_attention = Op(reference.gated_slot_attention, chunked.gated_slot_attention, examples.slots)
+mesa_attention = Op(reference.mesa_attention, chunked.mesa_attention, examples.mesa)
 window_attention = Op(
     reference.window_attention,
     chunked.window_attention,
@@ -53,6 +55,8 @@ OPS = {
         linear_attention,
         gated_linear_attention,
         delta_attention,
+        gated_slot_attention,
+        mesa_attention,
         window_attention,
         hybrid_attention,
         attention_cross_entropy,
@@ -73,9 +77,13 @@ __all__ = [
     "delta_attention",
     "features",
     "gated_linear_attention",
+    "gated_slot_attention",
     "hybrid_attention",
     "linear_attention",
     "linear_state",
+    "mesa_attention",
+    "mesa_state",
+    "slot_state",
     "window_attention",
     "window_state",
 ]

@@ -44,6 +44,17 @@ def delta(device: torch.device | str, dtype: torch.dtype) -> Arguments:
     return common | maps | {"beta": beta.sigmoid(), "log_gate": gate}
 
 
+def slots(device: torch.device | str, dtype: torch.dtype) -> Arguments:
+    common = gated(device, dtype)
+    return {name: x for name, x in common.items() if not name.startswith("features")} | {"scaling": DIM**-0.5}
+
+
+def mesa(device: torch.device | str, dtype: torch.dtype) -> Arguments:
+    common, _, generator = _qkv(device, dtype)
+    gate = torch.nn.functional.logsigmoid(4 + torch.randn(BATCH, TOKENS, KV_HEADS, generator=generator)).to(device)
+    return common | {"log_gate": gate, "ridge": torch.ones(KV_HEADS, DIM, device=device), "steps": DIM}
+
+
 def window(device: torch.device | str, dtype: torch.dtype) -> Arguments:
     common, _, _ = _qkv(device, dtype)
     return common | {"window": Window(16), "scaling": DIM**-0.5}

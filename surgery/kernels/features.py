@@ -19,6 +19,12 @@ def precise(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def unit(x: Tensor) -> Tensor:
+    """x of length one over its last dimension, zero if it is zero."""
+    x = precise(x)
+    return x * (x.square().sum(-1, keepdim=True) + FLOOR).rsqrt()
+
+
 def hedgehog(x: Tensor) -> Tensor:
     """softmax(x) ⊕ softmax(-x): positive, bounded, spiky; F = 2D."""
     return torch.cat([x.softmax(-1), (-x).softmax(-1)], -1).clamp(min=FLOOR)
@@ -49,11 +55,6 @@ def taylor2(x: Tensor) -> Tensor:
 def identity(x: Tensor) -> Tensor:
     """x: a signed kernel, for recurrences without a normaliser."""
     return x
-
-
-def unit(x: Tensor) -> Tensor:
-    """x divided by its length; zero stays zero."""
-    return x * (x.square().sum(-1, keepdim=True) + FLOOR).rsqrt()
 
 
 MAPS: dict[str, Callable[[Tensor], Tensor]] = {

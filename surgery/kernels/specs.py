@@ -25,27 +25,34 @@ class Features(NamedTuple):
     scale: Tensor | None = None
 
 
+Layout = Literal["sliding", "terraced", "block"]
+
+
 class Window(NamedTuple):
     """Which keys a query attends to exactly. Ranks count the tokens of a document.
 
-    sliding: rank i sees rank j if i - j < size. terraced: if j // size >= i // size - 1, that is, its own block and the
-    whole block before. The first `sinks` ranks are always seen. In `hybrid_attention` a sliding size may be 0.
+    sliding: rank i sees rank j if i - j < size. block: if j // size = i // size, that is, its own block.
+    terraced: if j // size >= i // size - 1, its own block and the whole block before. The first `sinks` ranks are
+    always seen. In `hybrid_attention` a sliding size may be 0.
     """
 
     size: int
-    layout: Literal["sliding", "terraced"] = "sliding"
+    layout: Layout = "sliding"
     sinks: int = 0
 
     def sees(self, query: Any, key: Any) -> Any:
         """Whether rank `query` attends exactly to rank `key`, which is not after it: of ints or of integer tensors."""
         size = self.size
-        near = query - key < size if self.layout == "sliding" else key // size >= query // size - 1
+        if self.layout == "sliding":
+            near = query - key < size
+        else:
+            near = key // size >= query // size - int(self.layout == "terraced")
         return near | (key < self.sinks)
 
     @property
     def ring(self) -> int:
         """R: the keys before a query that may be in its window are kept, that of rank r in slot r % R of a ring."""
-        return self.size if self.layout == "sliding" else 2 * self.size
+        return 2 * self.size if self.layout == "terraced" else self.size
 
 
 class Joint(NamedTuple):

@@ -25,6 +25,25 @@ def linear_state(
     return state
 
 
+def slot_state(
+    batch: int, heads: int, slots: int, head_dim: int, *, device: torch.device | str, dtype: torch.dtype
+) -> State:
+    """slot_k, slot_v [B, H_kv, M, D]; fp32 (fp64 when `dtype` is)."""
+    dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    return {
+        name: torch.zeros(batch, heads, slots, head_dim, device=device, dtype=dtype) for name in ("slot_k", "slot_v")
+    }
+
+
+def mesa_state(
+    batch: int, heads: int, head_dim: int, value_dim: int, *, device: torch.device | str, dtype: torch.dtype
+) -> State:
+    """H [B, H_kv, D, D] and S [B, H_kv, D, D_v]; fp32 (fp64 when `dtype` is)."""
+    dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    sizes = {"H": head_dim, "S": value_dim}
+    return {name: torch.zeros(batch, heads, head_dim, n, device=device, dtype=dtype) for name, n in sizes.items()}
+
+
 def window_state(
     batch: int,
     window: Window,

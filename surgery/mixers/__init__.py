@@ -5,20 +5,50 @@ from typing import Annotated
 from pydantic import Field
 
 from .base import AttentionContext, AttentionShape, Config, Mixer, State
+from .by_depth import ByDepthConfig
+from .diag import DiagConfig
+from .gated_scalar import GatedScalarConfig
 from .gla import GLAConfig
+from .gsa import GSAConfig
+from .hgrn2 import HGRN2Config
+from .lightning import LightningConfig
 from .linear import LinearConfig
+from .mesa import MesaConfig
+from .norm import NormConfig
 from .window import WindowOnlyConfig
 
-MixerConfig = Annotated[LinearConfig | GLAConfig | WindowOnlyConfig, Field(discriminator="kind")]
+MixerConfig = Annotated[
+    LinearConfig
+    | LightningConfig
+    | NormConfig
+    | GatedScalarConfig
+    | GLAConfig
+    | HGRN2Config
+    | GSAConfig
+    | MesaConfig
+    | DiagConfig
+    | WindowOnlyConfig
+    | ByDepthConfig,
+    Field(discriminator="kind"),
+]
+ByDepthConfig.model_rebuild(_types_namespace={"MixerConfig": MixerConfig})
 
 __all__ = [
     "AttentionContext",
     "AttentionShape",
+    "ByDepthConfig",
     "Config",
+    "DiagConfig",
     "GLAConfig",
+    "GSAConfig",
+    "GatedScalarConfig",
+    "HGRN2Config",
+    "LightningConfig",
     "LinearConfig",
+    "MesaConfig",
     "Mixer",
     "MixerConfig",
+    "NormConfig",
     "State",
     "WindowOnlyConfig",
 ]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -35,6 +35,11 @@ class MixerBase(Config):
     def has_weights(self) -> bool:
         """Whether its outputs are averages with explicit weights, so that `Mixer.cross_entropy` exists."""
         return False
+
+    @property
+    def kinds(self) -> int:
+        """How many different mixers it builds for the layers of a model."""
+        return 1
 
     def build(self, shape: AttentionShape) -> Mixer:
         raise TypeError(f"{type(self).__name__} does not define build")
@@ -111,7 +116,7 @@ class Mixer(nn.Module):
     fp32 except window keys and values; gradients flow through everything, the incoming state included.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset()
+    needs: frozenset[str] = frozenset()
     """Fields of `AttentionContext` to provide beyond q, k, v: any of raw_q, raw_k, hidden_states."""
 
     def __init__(self, shape: AttentionShape):
@@ -196,5 +201,6 @@ class Composed(Mixer):
         run = Carrying(context, state, return_state)
         return self.attend(context, run), run.after
 
+    @torch.no_grad()
     def step(self, context: AttentionContext, state: State) -> Tensor:
         return self.attend(context, Stepping(context, state))

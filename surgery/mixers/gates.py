@@ -1,9 +1,9 @@
-"""Where the decay of a gated recurrence comes from, as modules and as recipe entries."""
+"""Where the decay of a gated recurrence comes from, channel by channel, as modules and as recipe entries."""
 
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt
@@ -14,7 +14,35 @@ from ..kernels.features import precise
 from .base import AttentionShape, Config
 
 
-class KeyGate(nn.Module):
+class Gate(nn.Module):
+    """log α of a recurrence from one field of the call: `forward(getattr(context, source))`.
+
+    per_channel: whether it gives [B, T, H_kv, D], else [B, T, H_s] for the H_s heads of the state.
+    """
+
+    source: ClassVar[str]
+    per_channel: ClassVar[bool] = False
+
+
+class ChannelGate(Gate):
+    """A gate per channel, of the keys before norms and rotation unless it says otherwise."""
+
+    source = "raw_k"
+    per_channel = True
+
+
+class GateBase(Config):
+    """Base of the gates' configs. per_head: whether each head of the state decays at a pace of its own."""
+
+    kind: str
+    per_head: ClassVar[bool] = False
+
+    def build(self, shape: AttentionShape, heads: int) -> Gate:
+        """The gate of one layer whose state has so many heads; gates per channel have those of the keys."""
+        raise TypeError(f"{type(self).__name__} does not define build")
+
+
+class KeyGate(ChannelGate):
     """Liger's gate: the raw keys themselves, log α = log σ(k) / normalizer per channel; no new parameters.
 
     A channel of value k forgets half in normalizer·log 2 / log(1 + e^-k) tokens: 16 for k = 0 and a normalizer of 16,
@@ -33,21 +61,23 @@ class KeyGate(nn.Module):
         return f"normalizer={self.normalizer:g}"
 
 
-class KeyGateConfig(Config):
+class KeyGateConfig(GateBase):
     """The gate is the key before norms and rotation: see `KeyGate`. A larger normalizer remembers longer."""
 
     kind: Literal["key"] = "key"
     normalizer: PositiveFloat = 16.0
 
-    def build(self, shape: AttentionShape) -> KeyGate:
+    def build(self, shape: AttentionShape, heads: int) -> KeyGate:
         return KeyGate(self.normalizer)
 
 
-class ConstantGate(nn.Module):
+class ConstantGate(ChannelGate):
     """A decay of its own for every channel, whatever the tokens are.
 
     rate: [H_kv, D] fp32, α = exp(-e^rate).
     """
+
+    source = "v"
 
     def __init__(self, heads: int, head_dim: int, shortest: float, longest: float) -> None:
         super().__init__()
@@ -61,15 +91,15 @@ class ConstantGate(nn.Module):
         with torch.no_grad():
             self.rate.copy_((math.log(2) / spread).log().expand_as(self.rate))
 
-    def forward(self, raw_k: Tensor) -> Tensor:
+    def forward(self, v: Tensor) -> Tensor:
         """[B, T, H_kv, D] -> log-gates of the same shape, fp32."""
-        return -precise(self.rate).exp().expand(raw_k.shape)
+        return -precise(self.rate).exp().expand(v.shape)
 
     def extra_repr(self) -> str:
         return f"half-lives {self.shortest:g} to {self.longest:g}"
 
 
-class LowRankGate(nn.Module):
+class LowRankGate(ChannelGate):
     """GLA's gate: log α = log σ(raw_k A B + b) / normalizer per channel, from all heads' keys (arXiv 2312.06635).
 
     down: [H_kv·D, rank], up: [rank, H_kv·D], bias: [H_kv·D], fp32.
@@ -112,18 +142,18 @@ def half_lives(count: int, shortest: float, longest: float) -> Tensor:
     return torch.logspace(math.log2(shortest), math.log2(longest), count, base=2.0, device="cpu")
 
 
-class ConstantGateConfig(Config):
+class ConstantGateConfig(GateBase):
     """A learned constant decay per channel: see `ConstantGate`. shortest, longest: initial half-lives in tokens."""
 
     kind: Literal["constant"] = "constant"
     shortest: PositiveFloat = 32.0
     longest: PositiveFloat = 4096.0
 
-    def build(self, shape: AttentionShape) -> ConstantGate:
+    def build(self, shape: AttentionShape, heads: int) -> ConstantGate:
         return ConstantGate(shape.kv_heads, shape.head_dim, self.shortest, self.longest)
 
 
-class LowRankGateConfig(Config):
+class LowRankGateConfig(GateBase):
     """A gate learned from the keys before norms and rotation: see `LowRankGate`."""
 
     kind: Literal["low_rank"] = "low_rank"
@@ -132,7 +162,7 @@ class LowRankGateConfig(Config):
     shortest: PositiveFloat = 32.0
     longest: PositiveFloat = 4096.0
 
-    def build(self, shape: AttentionShape) -> LowRankGate:
+    def build(self, shape: AttentionShape, heads: int) -> LowRankGate:
         return LowRankGate(shape.kv_heads, shape.head_dim, self, shape.layer)
 
 

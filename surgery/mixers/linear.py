@@ -25,6 +25,15 @@ def check_state(state: str, feature_map: FixedConfig) -> None:
         )
 
 
+def check_positive(feature_map: FixedConfig) -> None:
+    """Refuse to divide by a sum of weights that can vanish."""
+    if not feature_map.positive:
+        raise ValueError(
+            f"feature map {feature_map.kind} can be negative, and such weights have no sum to divide by: "
+            "use a positive one, such as hedgehog, or a mixer that does not normalise, such as gla"
+        )
+
+
 class LinearConfig(MixerBase):
     """S += φ(k)ᵀv, z += φ(k), y = φ(q)S / φ(q)·z, with a softmax window if asked for.
 
@@ -49,11 +58,7 @@ class LinearConfig(MixerBase):
             )
         if self.window is not None and self.mix is None:
             raise ValueError("a window needs a mix that joins it to the linear branch: joint, logmass or average")
-        if not self.feature_map.positive:
-            raise ValueError(
-                f"feature map {self.feature_map.kind} can be negative, and such weights have no sum to divide by: "
-                "use a positive one, such as hedgehog, or the mixer gla, which does not normalise"
-            )
+        check_positive(self.feature_map)
         check_state(self.state, self.feature_map)
         return self
 

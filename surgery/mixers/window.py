@@ -12,20 +12,26 @@ from .base import AttentionContext, AttentionShape, Composed, MixerBase, Run, St
 from .windows import WindowConfig, describe_window, window_branch
 
 
-class WindowOnlyConfig(MixerBase):
+class WindowBase(MixerBase):
     """y = softmax attention over the window; what leaves it is forgotten. No new parameters."""
 
-    kind: Literal["window"] = "window"
-    window: WindowConfig = WindowConfig(size=64)
+    window: WindowConfig
 
     def build(self, shape: AttentionShape) -> WindowMixer:
         return WindowMixer(self, shape)
 
 
-class WindowMixer(Composed):
-    """See `WindowOnlyConfig`."""
+class WindowOnlyConfig(WindowBase):
+    """Softmax attention over the last tokens: see `WindowBase`."""
 
-    def __init__(self, config: WindowOnlyConfig, shape: AttentionShape) -> None:
+    kind: Literal["window"] = "window"
+    window: WindowConfig = WindowConfig(size=64)
+
+
+class WindowMixer(Composed):
+    """See `WindowBase`."""
+
+    def __init__(self, config: WindowBase, shape: AttentionShape) -> None:
         super().__init__(shape)
         self.config = config
         self.window = config.window.build(shape)
@@ -38,4 +44,4 @@ class WindowMixer(Composed):
         return kernels.window_state(batch, self.window, heads, size, device=device, dtype=dtype)
 
     def describe(self) -> str:
-        return f"window only, {describe_window(self.window)}"
+        return f"{self.config.kind} only, {describe_window(self.window)}"

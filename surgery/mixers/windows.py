@@ -4,34 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
 
 from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 
 from .. import kernels
 from ..kernels import Window
+from ..kernels.specs import Layout
 from .base import AttentionContext, AttentionShape, Composed, Config, Run
 
 
 class WindowConfig(Config):
     """Keys that keep exact softmax attention.
 
-    sliding: the last `size` keys. terraced: the query's own block of `size` keys and the whole block before.
+    sliding: the last `size` keys. block: the query's own block of `size` keys. terraced: the block before, too.
     sinks: the first keys of a document, which stay exact for ever.
     """
 
     size: PositiveInt
-    layout: Literal["sliding", "terraced"] = "sliding"
+    layout: Layout = "sliding"
     sinks: NonNegativeInt = 0
 
     def build(self, shape: AttentionShape) -> Window:
         """The window of one layer. It never reaches further than the layer's own sliding window M, beyond which its
-        softmax has never looked: a sliding window is cut to M keys and a terraced one, which reaches back up to two
-        blocks, to blocks of M // 2. Sinks are kept: the recipe asks for them."""
+        softmax has never looked: windows and blocks are cut to M keys, and the blocks of a terraced window, which
+        reaches back up to two of them, to M // 2. Sinks are kept: the recipe asks for them."""
         size, limit = self.size, shape.sliding_window
         if limit is not None:
-            size = min(size, limit if self.layout == "sliding" else max(1, limit // 2))
+            size = min(size, max(1, limit // 2) if self.layout == "terraced" else limit)
         return Window(size, self.layout, self.sinks)
 
 

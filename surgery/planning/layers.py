@@ -27,19 +27,21 @@ class PerLayer(NamedTuple):
         }
 
 
-def per_layer(measure: Callable[[int, int], Numbers], converted: int, softmax: int) -> PerLayer:
+def per_layer(measure: Callable[[int, int], Numbers], converted: int, softmax: int, kinds: int = 1) -> PerLayer:
     """Measure models of a few layers of the kinds that there are.
 
     measure: numbers of a model with so many converted and so many softmax layers. Layers of a kind count as equal.
+    kinds: different mixers in equal parts of the converted layers, which are counted by their mean.
     """
     if not converted:
         one, more = measure(0, FEW), measure(0, FEW + 1)
         each = _minus(more, one)
         return PerLayer(_minus(one, each, FEW), dict.fromkeys(one, 0.0), each)
-    one, more = measure(FEW, 0), measure(FEW + 1, 0)
-    each = _minus(more, one)
-    other = _minus(measure(FEW, 1), one) if softmax else dict.fromkeys(one, 0.0)
-    return PerLayer(_minus(one, each, FEW), each, other)
+    few = -(-FEW // kinds) * kinds
+    one, more = measure(few, 0), measure(few + kinds, 0)
+    each = {name: value / kinds for name, value in _minus(more, one).items()}
+    other = _minus(measure(few, 1), one) if softmax else dict.fromkeys(one, 0.0)
+    return PerLayer(_minus(one, each, few), each, other)
 
 
 def _minus(a: Numbers, b: Numbers, times: float = 1.0) -> Numbers:

@@ -207,7 +207,8 @@ def _measured(
         checkpointing=request.checkpointing and isinstance(stage, LoRA),
         gpu=find_gpu(request.gpu),
     )
-    return per_layer(lambda some, others: measure(step, some, others), converted, softmax)
+    kinds = 1 if recipe.mixer is None else recipe.mixer.kinds
+    return per_layer(lambda some, others: measure(step, some, others), converted, softmax, kinds)
 
 
 def _rows(stage: StageConfig, request: Request) -> int:

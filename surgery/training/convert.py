@@ -15,9 +15,11 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from .. import adapters, hub
+from ..calibration import calibrate, norms
 from ..callbacks import AttentionTransfer, BranchMonitor, DomainMixing
 from ..callbacks.base import HealingCallback
 from ..callbacks.lora_unfreezing import ADAPTER
@@ -110,6 +112,10 @@ def convert(
     torch.manual_seed(options.seed)
     network, tokenizer = _load(str(model), recipe), _tokenizer(str(model))
     rows = StageData(data, validation, tokenizer, network.config.get_text_config(), options, say)
+    if norms(network) and not run.delta(0).exists():
+        sample = _sample(rows, recipe.stages[0], network)
+        say(f"calibrating the output norms on {sample.numel()} tokens")
+        calibrate(network, sample)
     results = []
     for index, stage in enumerate(recipe.stages):
         say(f"stage {index + 1} of {len(recipe.stages)}: {stage.kind}")
@@ -285,6 +291,11 @@ def _trainer(stage: StageConfig, steps: int, run: Run, index: int, options: Opti
         )
 
 
+def _sample(rows: StageData, stage: StageConfig, network: PreTrainedModel) -> Tensor:
+    """[1, T]: a row that is not trained on."""
+    return next(iter(rows.at(stage).val_dataloader()))["input_ids"][:1].to(network.device)
+
+
 def _finish(
     network: PreTrainedModel,
     tokenizer: Any,
@@ -296,7 +307,7 @@ def _finish(
     say: Say,
 ) -> Path:
     """Merge the adapters, write everything into a folder, and let that appear as a whole."""
-    out, sample = run.out, next(iter(rows.at(recipe.stages[-1]).val_dataloader()))["input_ids"][:1].to(network.device)
+    out, sample = run.out, _sample(rows, recipe.stages[-1], network)
     adapter = next((adapter_of(stage, network) for stage in reversed(recipe.stages) if isinstance(stage, LoRA)), None)
     with hub.replace_folder(out) as folder:
         save_delta(network, folder / "delta.safetensors", adapter)

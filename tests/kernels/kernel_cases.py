@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from surgery import kernels
-from surgery.kernels import Features, Joint, LogMass, Window, linear_state, window_state
+from surgery.kernels import Features, Joint, LogMass, Window, linear_state, mesa_state, slot_state, window_state
 
 Arguments = dict[str, Any]
 
@@ -98,6 +98,19 @@ def delta(draw: Draw, gate: str | None = None, per_head: bool = False, unit: boo
     return arguments
 
 
+def slots(draw: Draw, count: int) -> Arguments:
+    s = draw.shape
+    gate = torch.nn.functional.logsigmoid(3 * draw.parameter(s.batch, s.tokens, s.kv_heads, count))
+    return draw.qkv() | {"log_gate": gate, "scaling": s.dim**-0.5}
+
+
+def mesa(draw: Draw) -> Arguments:
+    s = draw.shape
+    gate = torch.nn.functional.logsigmoid(2 + 2 * draw.parameter(s.batch, s.tokens, s.kv_heads))
+    ridge = 0.25 + draw.parameter(s.kv_heads, s.dim).square()
+    return draw.qkv() | {"log_gate": gate, "ridge": ridge, "steps": 2 * s.dim}
+
+
 def window(draw: Draw, form: Window, softcap: float | None = None) -> Arguments:
     return draw.qkv() | {"window": form, "scaling": draw.shape.dim**-0.5, "softcap": softcap}
 
@@ -134,16 +147,20 @@ FORMS: dict[str, tuple[str, Callable[[Draw], Arguments]]] = {
     "delta-channel": ("delta_attention", lambda d: delta(d, "channel")),
     "delta-per-head": ("delta_attention", lambda d: delta(d, "channel", per_head=True)),
     "delta-plain": ("delta_attention", lambda d: delta(d, "scalar", unit=False)),
+    "slots": ("gated_slot_attention", lambda d: slots(d, 5)),
+    "mesa": ("mesa_attention", mesa),
     "window-sliding": ("window_attention", lambda d: window(d, SLIDING)),
     "window-one": ("window_attention", lambda d: window(d, Window(1))),
     "window-terraced": ("window_attention", lambda d: window(d, TERRACED)),
     "window-sinks": ("window_attention", lambda d: window(d, SINKS)),
     "window-many-sinks": ("window_attention", lambda d: window(d, Window(3, sinks=9))),
     "window-terraced-sinks": ("window_attention", lambda d: window(d, TERRACED_SINKS)),
+    "window-block": ("window_attention", lambda d: window(d, Window(6, "block", sinks=2))),
     "window-softcap": ("window_attention", lambda d: window(d, SLIDING, softcap=0.8)),
     "joint-sliding": ("hybrid_attention", lambda d: hybrid(d, SLIDING)),
     "joint-wide": ("hybrid_attention", lambda d: hybrid(d, Window(70))),
     "joint-terraced": ("hybrid_attention", lambda d: hybrid(d, TERRACED)),
+    "joint-block": ("hybrid_attention", lambda d: hybrid(d, Window(6, "block"))),
     "joint-terraced-wide": ("hybrid_attention", lambda d: hybrid(d, Window(40, "terraced"))),
     "joint-sinks": ("hybrid_attention", lambda d: hybrid(d, SINKS)),
     "joint-terraced-sinks": ("hybrid_attention", lambda d: hybrid(d, TERRACED_SINKS)),
@@ -194,6 +211,10 @@ class Call:
             _, _, heads, features = kernels.features.apply(a["features_k"], a["k"]).shape
             normalized = a.get("normalize", "beta" not in a)
             state |= linear_state(batch, heads, features, dim, normalized=normalized, **options)
+        if self.op is kernels.gated_slot_attention:
+            state |= slot_state(batch, kv_heads, a["log_gate"].shape[-1], dim, **options)
+        if self.op is kernels.mesa_attention:
+            state |= mesa_state(batch, kv_heads, dim, dim, **options)
         if "window" in a:
             state |= window_state(batch, a["window"], kv_heads, dim, linear_k=a.get("linear_k") is not None, **options)
         return state

@@ -29,7 +29,17 @@ def test_chunked_is_the_reference(form, tokens):
 
 @pytest.mark.parametrize("shape", GROUPS, ids=str)
 @pytest.mark.parametrize(
-    "form", ["linear-per-head", "gated-channel", "delta-channel", "window-sinks", "joint-sinks", "logmass-per-head"]
+    "form",
+    [
+        "linear-per-head",
+        "gated-channel",
+        "delta-channel",
+        "slots",
+        "mesa",
+        "window-sinks",
+        "joint-sinks",
+        "logmass-per-head",
+    ],
 )
 def test_head_layouts(form, shape):
     assert difference(*both(Call.of(form, shape))) < 1e-10
@@ -145,7 +155,17 @@ def test_packing_is_separate_documents(form, sizes):
 
 
 @pytest.mark.parametrize(
-    "form", ["linear", "gated-channel", "delta-channel", "window-sinks", "joint-terraced-sinks", "logmass-sliding"]
+    "form",
+    [
+        "linear",
+        "gated-channel",
+        "delta-channel",
+        "slots",
+        "mesa",
+        "window-sinks",
+        "joint-terraced-sinks",
+        "logmass-sliding",
+    ],
 )
 def test_packed_rows_that_differ(form):
     call = Call.of(form, Shape(100, batch=3))
@@ -167,6 +187,8 @@ def test_packed_rows_that_differ(form):
         "gated-normalized",
         "delta",
         "delta-channel",
+        "slots",
+        "mesa",
         "joint-terraced-sinks",
         "logmass-sliding",
     ],

@@ -22,6 +22,7 @@ SLIDING, TERRACED, WIDE = Window(7), Window(6, "terraced"), Window(20)
 FORMS = {
     "window-sliding": ("window_attention", lambda d: window(d, SLIDING)),
     "window-terraced": ("window_attention", lambda d: window(d, TERRACED)),
+    "window-block": ("window_attention", lambda d: window(d, Window(6, "block"))),
     "window-softcap": ("window_attention", lambda d: window(d, WIDE, softcap=0.8)),
     "logmass": ("hybrid_attention", lambda d: hybrid(d, SLIDING, "logmass")),
     "logmass-tile": ("hybrid_attention", lambda d: hybrid(d, Window(16), "logmass")),

@@ -62,10 +62,91 @@ CONFIGS: dict[str, dict] = {
         "feature_map": {"kind": "hedgehog", "features": 4},
         "window": TERRACED,
     },
+    "lightning": {"kind": "lightning", "window": WINDOW},
+    "lightning-z": {
+        "kind": "lightning",
+        "feature_map": {"kind": "softmax"},
+        "gate": {"kind": "retention"},
+        "normalize": "z",
+        "state": "head",
+        "rope": "raw",
+        "window": None,
+        "mix": None,
+    },
+    "lightning-learned": {
+        "kind": "lightning",
+        "feature_map": KAIMING,
+        "gate": {"kind": "spread", "shortest": 2, "longest": 64},
+        "state": "head",
+        "window": TERRACED,
+    },
+    "lizard": {"kind": "gated_scalar", "window": {"size": 6, "sinks": 2}, "gate": {"kind": "sigmoid", "shortest": 4}},
+    "mamba2": {
+        "kind": "gated_scalar",
+        "feature_map": {"kind": "identity"},
+        "gate": {"kind": "mamba2", "shortest": 2},
+        "normalize": "none",
+        "state": "head",
+        "rope": "rotated",
+        "window": None,
+        "mix": None,
+    },
+    "mlstm": {
+        "kind": "gated_scalar",
+        "feature_map": {"kind": "softmax"},
+        "gate": {"kind": "sigmoid", "shortest": 2},
+        "input_gate": "exp",
+        "window": TERRACED,
+    },
+    "norm": {"kind": "norm"},
+    "norm-window": {
+        "kind": "norm",
+        "feature_map": {"kind": "relu"},
+        "gate": {"kind": "slopes", "by_layer": False},
+        "window": {"size": 6, "layout": "block"},
+        "mix": {"kind": "average"},
+    },
+    "mlstm-head": {
+        "kind": "gated_scalar",
+        "feature_map": KAIMING,
+        "state": "head",
+        "input_gate": "exp",
+        "normalize": "rms",
+        "window": WINDOW,
+    },
+    "mesa": {"kind": "mesa", "window": WINDOW, "gate": {"kind": "sigmoid", "shortest": 4}},
+    "mesa-rotated": {
+        "kind": "mesa",
+        "gate": {"kind": "spread", "shortest": 2, "longest": 64},
+        "steps": 12,
+        "rope": "rotated",
+        "window": None,
+        "mix": None,
+    },
+    "gsa": {"kind": "gsa", "window": WINDOW},
+    "gsa-pooled": {
+        "kind": "gsa",
+        "slots": 4,
+        "gate": {"kind": "key", "normalizer": 2},
+        "scale": 1,
+        "rope": "rotated",
+        "window": None,
+        "mix": None,
+    },
+    "hgrn2": {"kind": "hgrn2", "window": WINDOW},
+    "hgrn2-low-rank": {
+        "kind": "hgrn2",
+        "feature_map": {"kind": "relu"},
+        "gate": {"kind": "low_rank", "rank": 3, "normalizer": 2, "shortest": 2, "longest": 64},
+        "rope": "rotated",
+        "window": None,
+        "mix": None,
+    },
 }
 
 WITHOUT_HISTORY: dict[str, dict] = {
     "window": {"kind": "window", "window": WINDOW},
+    "diag": {"kind": "diag", "window": {"size": 8, "layout": "block"}},
     "window-sinks": {"kind": "window", "window": TERRACED},
 }
 CONFIGS |= WITHOUT_HISTORY
@@ -94,7 +175,8 @@ def context(
         return torch.randn(size, generator=generator, dtype=torch.float64).to(dtype)
 
     q, k, v, raw_q, raw_k = (draw(n) for n in (shape.heads, *[shape.kv_heads] * 2, shape.heads, shape.kv_heads))
-    return AttentionContext(q, k, v, shape.head_dim**-0.5, raw_q=raw_q, raw_k=raw_k)
+    hidden_states = torch.randn(batch, tokens, shape.hidden_size, generator=generator, dtype=torch.float64).to(dtype)
+    return AttentionContext(q, k, v, shape.head_dim**-0.5, raw_q=raw_q, raw_k=raw_k, hidden_states=hidden_states)
 
 
 def span(full: AttentionContext, start: int, stop: int) -> AttentionContext:

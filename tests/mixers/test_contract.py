@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
 from dataclasses import replace
 
@@ -12,6 +13,7 @@ from mixer_cases import CONFIGS, SHAPE, WITHOUT_HISTORY, build, close, context, 
 from torch._dynamo.utils import counters
 
 from surgery import kernels
+from surgery.kernels.state import split_state
 from surgery.mixers import AttentionShape, Mixer
 
 every_mixer = pytest.mark.parametrize("name", CONFIGS)
@@ -34,7 +36,7 @@ def test_history_matters(name):
     if name in WITHOUT_HISTORY:
         return
     state = mixer(span(call, 0, 30), return_state=True)[1]
-    without = {key: torch.zeros_like(x) if key in ("S", "z") else x for key, x in state.items()}
+    without = state | {key: torch.zeros_like(x) for key, x in split_state(state)[1].items()}
     assert not close(with_history, mixer(span(call, 30, 40), without)[0], 1e-2)
 
 
@@ -60,7 +62,7 @@ def test_state_is_as_announced(name):
             key: (x.shape, x.dtype) for key, x in empty.items()
         }
         assert list(state) == list(empty)
-        assert all(x.dtype == torch.float32 for key, x in state.items() if key in ("S", "z"))
+        assert all(x.dtype == torch.float32 for x in split_state(state)[1].values())
         allocated = sum(x.untyped_storage().nbytes() for x in state.values())
         assert allocated == mixer.state_bytes(torch.bfloat16, batch=2)
     assert all(torch.equal(empty[key], kept[key]) for key in empty), "the incoming state was written to"
@@ -105,12 +107,12 @@ def test_gradcheck(name):
     rest = span(call, 9, 13)
     floats = [key for key, x in state.items() if x.is_floating_point()]
     parameters = dict(mixer.named_parameters())
-    names = ["q", "k", "v", "raw_q", "raw_k"]
+    names = ["q", "k", "v", "raw_q", "raw_k", "hidden_states"]
 
     def run(*inputs):
         fields = dict(zip(names, inputs, strict=False))
-        carried = dict(zip(floats, inputs[5:], strict=False))
-        values = dict(zip(parameters, inputs[5 + len(floats) :], strict=True))
+        carried = dict(zip(floats, inputs[6:], strict=False))
+        values = dict(zip(parameters, inputs[6 + len(floats) :], strict=True))
         arguments = (replace(rest, **fields), {**state, **carried}, True)
         y, after = torch.func.functional_call(mixer, values, arguments)
         return y, *(x for x in after.values() if x.is_floating_point())
@@ -242,10 +244,10 @@ def test_copies_and_pickles(name):
 @every_mixer
 def test_asks_for_what_it_uses(name):
     mixer, call = build(name), context(20)
-    unused = {"raw_q", "raw_k"} - mixer.needs
+    unused = {"raw_q", "raw_k", "hidden_states"} - mixer.needs
     assert close(mixer(replace(call, **dict.fromkeys(unused)))[0], mixer(call)[0])
     for field in mixer.needs:
-        changed = replace(call, **{field: getattr(call, field) * 1.01})
+        changed = replace(call, **{field: getattr(call, field).roll(1, -1)})
         assert not close(mixer(changed)[0], mixer(call)[0], 1e-9)
 
 
@@ -263,6 +265,19 @@ def test_a_step_is_a_call_in_place(name):
         assert close((y * real, state), (wanted * real, expected))
         assert not y.requires_grad
     assert {key: x.data_ptr() for key, x in state.items()} == places
+
+
+@every_mixer
+def test_kernels_step_alike(name):
+    pytest.importorskip("triton")
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("on the CPU kernels run in the interpreter")
+    mixer, call = build(name, torch.float32), context(12, dtype=torch.float32)
+    state = mixer(span(call, 0, 11), return_state=True)[1]
+    token = span(call, 11, 12)
+    expected = mixer(token, state, return_state=True)
+    with kernels.backend("triton"):
+        assert close((mixer.step(token, state), state), expected, 1e-5)
 
 
 def test_a_mixer_without_operations_has_a_step():

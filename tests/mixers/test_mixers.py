@@ -182,7 +182,7 @@ def test_temperature_without_weights_stays():
 
 
 def test_key_gate_has_the_documented_half_life():
-    gate = KeyGateConfig(normalizer=16).build(SHAPE)
+    gate = KeyGateConfig(normalizer=16).build(SHAPE, 2)
     assert math.isclose(math.log(0.5) / float(gate(torch.zeros(1))), 16, rel_tol=1e-6)
     keys = torch.tensor([-3.0, 0.0, 4.0], dtype=torch.float64)
     half_life = math.log(0.5) / gate(keys)

@@ -122,6 +122,17 @@ def test_killed_in_every_stage_it_ends_with_the_same_weights(inputs, whole, tmp_
     assert {(row["stage"], row["step"]) for row in rows} == {(row["stage"], row["step"]) for row in uninterrupted}
 
 
+def test_output_norms_start_with_the_size_of_the_teachers_heads(inputs, tmp_path):
+    stage = {"kind": "attention_transfer", **STAGE, "tokens": 64, "lr": 1e-9}
+    recipe = surgery.load_recipe({"mixer": {"kind": "norm"}, "stages": [stage]})
+    said = []
+    convert(inputs / "model", recipe, [inputs / "text.npy"], tmp_path / "out", say=said.append)
+    assert any("calibrating the output norms on 16 tokens" in line for line in said)
+    gains = torch.stack([x for name, x in weights(tmp_path / "out").items() if name.endswith("norm.gain")])
+    assert gains.shape == (3, 4)
+    assert ((gains - 1).abs() > 1e-3).all()
+
+
 def test_the_result_is_a_whole_checkpoint(inputs, whole):
     model = AutoModelForCausalLM.from_pretrained(whole)
     assert model.surgery.recipe.mixer.mix.kind == "logmass"

@@ -21,14 +21,6 @@ from .tiles import real
 ROWS = 64
 
 
-def rows_of(tokens: int) -> int:
-    """Rows of the chunks of a call: the power of two that holds all tokens, but no more than `ROWS`."""
-    rows = 1
-    while rows < ROWS and rows < tokens:
-        rows *= 2
-    return rows
-
-
 def closing(log_gate: Tensor, segments: Tensor | None) -> Tensor:
     """[B, T, H, F or 1] log-gates that let nothing into a new document."""
     if segments is None:
@@ -44,10 +36,19 @@ def chunk(x: Tensor, rows: int) -> Tensor:
     return x.unflatten(1, (count, rows)).movedim((1, 3), (0, 2)).flatten(0, 2)
 
 
-def within(q: Tensor, k: Tensor, v: Tensor, log_gate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def chunk_rows(tokens: int) -> int:
+    """A power of two, no more than needed."""
+    rows = 1
+    while rows < ROWS and rows < tokens:
+        rows *= 2
+    return rows
+
+
+def within(q: Tensor, k: Tensor, v: Tensor, log_gate: Tensor, on_values: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """Everything that happens inside M chunks.
 
-    q: [M, rows, G, F], the G queries that share a key; k: [M, rows, F]; v: [M, rows, D_v]; log_gate: [M, rows, F or 1].
+    q: [M, rows, G, F], the G queries that share a key; k: [M, rows, F]; v: [M, rows, D_v]; log_gate: [M, rows, F or 1],
+    or, `on_values`, [M, rows, D_v or 1]: the columns of the state decay, not its rows.
     Returns y: [M, rows, G, D_v] and, like log_gate, the log-decay from the chunk's start to each token (included) and
     from each token (excluded) to the chunk's end.
     """
@@ -57,11 +58,15 @@ def within(q: Tensor, k: Tensor, v: Tensor, log_gate: Tensor) -> tuple[Tensor, T
     while size < rows:
         since_early, since_late = halves(since, size)
         until_early, until_late = halves(until, size)
-        q_late = halves(q, size)[1] * since_late.exp().unsqueeze(-2)
-        k_early = halves(k, size)[0] * until_early.exp()
-        weights = q_late.flatten(2, 3) @ k_early.mT
+        q_late, k_early, v_early = halves(q, size)[1], halves(k, size)[0], halves(v, size)[0]
+        late, early = since_late.exp().unsqueeze(-2), until_early.exp()
+        if on_values:
+            v_early = v_early * early
+        else:
+            q_late, k_early = q_late * late, k_early * early
+        part = (q_late.flatten(2, 3) @ k_early.mT @ v_early).unflatten(2, (size, -1))
         y_early, y_late = halves(y, size)
-        y = joined(y_early, y_late + (weights @ halves(v, size)[0]).unflatten(2, (size, -1)))
+        y = joined(y_early, y_late + (part * late if on_values else part))
         since = joined(since_early, since_late + since_early[:, :, -1:])
         until = joined(until_early + since_late[:, :, -1:], until_late)
         size *= 2
@@ -107,7 +112,7 @@ def gated_linear_attention(
     heads = phi_k.shape[2]
     values, gates = (x.repeat_interleave(heads // x.shape[2], 2) for x in (values, gates))
 
-    rows = rows_of(tokens)
+    rows = chunk_rows(tokens)
     queries = chunk(phi_q.unflatten(2, (heads, -1)), rows)
     keys, values, gates = chunk(phi_k, rows), chunk(values, rows), chunk(gates, rows)
     y, since, until = within(queries, keys, values, gates)

@@ -4,6 +4,8 @@ from .delta import delta_attention
 from .gated import gated_linear_attention
 from .hybrid import hybrid_attention
 from .linear import linear_attention
+from .mesa import mesa_attention
+from .slots import gated_slot_attention
 from .transfer import attention_cross_entropy
 from .window import window_attention
 
@@ -11,7 +13,9 @@ __all__ = [
     "attention_cross_entropy",
     "delta_attention",
     "gated_linear_attention",
+    "gated_slot_attention",
     "hybrid_attention",
     "linear_attention",
+    "mesa_attention",
     "window_attention",
 ]

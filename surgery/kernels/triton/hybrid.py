@@ -67,6 +67,13 @@ class Row(NamedTuple):
         """[B, T, ...] -> [B, kept + T, ...], zeros in front."""
         return functional.pad(x, (0, 0) * (x.ndim - 2) + (self.kept, 0)) if self.kept else x
 
+    def block_starts(self, size: int) -> Tensor:
+        """As `start`, of each token's block: a window as wide as a block that begins there is the block."""
+        batch, tokens = self.k.shape[:2]
+        position = torch.arange(tokens, device=self.k.device)
+        start = position.new_zeros(batch, tokens) if self.start is None else self.start
+        return (start + (position - start) // size * size).to(torch.int32).contiguous()
+
     def enters(self) -> Tensor:
         """[B or 1, kept + T]: the keys that have left the ring of the row's last document by its end."""
         position = torch.arange(-self.kept, self.tiles.tokens, device=self.k.device)
@@ -92,7 +99,13 @@ class Row(NamedTuple):
 
 def covers(q: Tensor, v: Tensor, window: Window) -> bool:
     """Whether the kernels run this."""
-    if q.dtype.itemsize > 4 or window.sinks or not window.size or max(q.shape[-1], v.shape[-1]) > WIDEST:
+    if (
+        window.layout == "block"
+        or q.dtype.itemsize > 4
+        or window.sinks
+        or not window.size
+        or max(q.shape[-1], v.shape[-1]) > WIDEST
+    ):
         return False
     if q.device.type == "cpu" and not INTERPRET:
         raise RuntimeError(
@@ -128,14 +141,16 @@ def window_attention(
     return_state: bool = False,
 ) -> tuple[Tensor, State | None]:
     """See the reference."""
-    if not covers(q, v, window):
+    block = window.layout == "block"
+    if not covers(q, v, window._replace(layout="sliding") if block else window):
         return chunked.window_attention(
             q, k, v, window=window, scaling=scaling, softcap=softcap, state=state, lengths=lengths, segments=segments,
             return_state=return_state,
         )  # fmt: skip
     q, k, v = real(lengths, q, k, v)
     row = Row.of(q, k, v, None, window, state, lengths, segments)
-    y = mixed_attention(row.behind(q), row.k, row.v, window, scale=scaling, softcap=softcap, start=row.start)
+    start = row.block_starts(window.size) if block else row.start
+    y = mixed_attention(row.behind(q), row.k, row.v, window, scale=scaling, softcap=softcap, start=start)
     return y[:, row.kept :], row.ring.state(row.tiles) if return_state else None
 
 

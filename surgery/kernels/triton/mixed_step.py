@@ -362,7 +362,7 @@ def _mixed(
     left = {"ring_linear_k"} if linear_k is None else set()
     left |= {"S", "z"} if mix is None else set()
     kept = [None if name in left else state.get(name) for name in names]
-    if not window.size or state["ring_k"].shape[1] != window.ring or not writable(*kept):
+    if not window.size or window.layout == "block" or state["ring_k"].shape[1] != window.ring or not writable(*kept):
         return None
     if not covered(q, k, v, linear_q, linear_k, *kept[:5], kept[6]):
         return None
