@@ -70,4 +70,5 @@ class GatedScalarMixer(RecurrentMixer):
         if self.input_gate is None:
             return k, features_k
         weight = self.input_gate(context.hidden_states).unsqueeze(-1)
-        return (maps.apply(features_k, k) * weight).to(k.dtype), Features("identity")
+        with torch.autocast(k.device.type, enabled=False):
+            return (maps.apply(features_k, k) * weight).to(k.dtype), Features("identity")

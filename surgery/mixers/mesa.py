@@ -35,11 +35,30 @@ class MesaConfig(AveragedConfig):
         return MesaMixer(self, shape)
 
 
-class MesaMixer(AveragedMixer):
-    """See `MesaConfig`. New parameters: those of the gate and the ridge, Λ = smallest + softplus(ridge).
+class Ridge(nn.Module):
+    """Λ = smallest + softplus(excess) for every channel of every key head.
 
-    ridge: [H_kv, D] fp32.
+    excess: [H_kv, D] fp32.
     """
+
+    def __init__(self, heads: int, head_dim: int, smallest: float) -> None:
+        super().__init__()
+        self.smallest = smallest
+        self.excess = nn.Parameter(torch.empty(heads, head_dim, dtype=torch.float32))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Λ one above the smallest: as much as one key of unit length weighs, so that the first are trusted by half."""
+        with torch.no_grad():
+            self.excess.fill_(math.log(math.expm1(1)))
+
+    def forward(self) -> Tensor:
+        """[H_kv, D], fp32."""
+        return self.smallest + functional.softplus(precise(self.excess))
+
+
+class MesaMixer(AveragedMixer):
+    """See `MesaConfig`. New parameters: those of the gate and of the ridge."""
 
     config: MesaConfig
 
@@ -47,19 +66,12 @@ class MesaMixer(AveragedMixer):
         gate = config.gate.build(shape, shape.kv_heads)
         super().__init__(config, shape, frozenset({gate.source} & {"hidden_states"}))
         self.gate = gate
-        self.ridge = nn.Parameter(torch.empty(shape.kv_heads, shape.head_dim, dtype=torch.float32))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Λ one above the smallest: as much as one key of unit length weighs, so that the first are trusted by half."""
-        with torch.no_grad():
-            self.ridge.fill_(math.log(math.expm1(1)))
+        self.ridge = Ridge(shape.kv_heads, shape.head_dim, config.smallest)
 
     def branch(self, context: AttentionContext, run: Run) -> Tensor:
         q, k = self.inputs(context)
         log_gate = self.gate(getattr(context, self.gate.source))
-        ridge = self.config.smallest + functional.softplus(precise(self.ridge))
-        return run(kernels.mesa_attention, q, k, context.v, log_gate, ridge=ridge, steps=self.config.steps)
+        return run(kernels.mesa_attention, q, k, context.v, log_gate, ridge=self.ridge(), steps=self.config.steps)
 
     def history(self, batch: int, *, device: torch.device | str, dtype: torch.dtype) -> State:
         heads, size = self.shape.kv_heads, self.shape.head_dim

@@ -92,11 +92,14 @@ class RecurrentMixer(AveragedMixer):
         log_gate = self.gate(getattr(context, self.gate.source))
         q, k = self.inputs(context)
         k, features_k = self.keys(k, log_gate, context)
+        v = context.v
+        if k.shape[2] != v.shape[2]:
+            v = v.repeat_interleave(k.shape[2] // v.shape[2], 2)
         y = run(
             kernels.gated_linear_attention,
             q,
             k,
-            context.v,
+            v,
             log_gate,
             features_q=self.feature_map_q(),
             features_k=features_k,
@@ -106,7 +109,7 @@ class RecurrentMixer(AveragedMixer):
 
     def keys(self, k: Tensor, log_gate: Tensor, context: AttentionContext) -> tuple[Tensor, Features]:
         """What the recurrence takes as keys, and their map."""
-        if not self.config.feature_map.per_head:
+        if not self.config.feature_map.per_head and self.state_heads != k.shape[2]:
             # the op sees a state per query head only in the weights of a map
             k = k.repeat_interleave(self.state_heads // k.shape[2], 2)
         return k, self.feature_map_k()

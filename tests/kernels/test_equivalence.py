@@ -34,11 +34,11 @@ def test_chunked_is_the_reference(form, tokens):
         "linear-per-head",
         "gated-channel",
         "delta-channel",
+        "slots",
+        "mesa",
         "window-sinks",
         "joint-sinks",
         "logmass-per-head",
-        "slots",
-        "mesa",
     ],
 )
 def test_head_layouts(form, shape):
@@ -160,11 +160,11 @@ def test_packing_is_separate_documents(form, sizes):
         "linear",
         "gated-channel",
         "delta-channel",
+        "slots",
+        "mesa",
         "window-sinks",
         "joint-terraced-sinks",
         "logmass-sliding",
-        "slots",
-        "mesa",
     ],
 )
 def test_packed_rows_that_differ(form):
@@ -187,10 +187,10 @@ def test_packed_rows_that_differ(form):
         "gated-normalized",
         "delta",
         "delta-channel",
-        "joint-terraced-sinks",
-        "logmass-sliding",
         "slots",
         "mesa",
+        "joint-terraced-sinks",
+        "logmass-sliding",
     ],
 )
 def test_packed_gradients(form):

@@ -106,6 +106,14 @@ CONFIGS: dict[str, dict] = {
         "window": {"size": 6, "layout": "block"},
         "mix": {"kind": "average"},
     },
+    "mlstm-head": {
+        "kind": "gated_scalar",
+        "feature_map": KAIMING,
+        "state": "head",
+        "input_gate": "exp",
+        "normalize": "rms",
+        "window": WINDOW,
+    },
     "mesa": {"kind": "mesa", "window": WINDOW, "gate": {"kind": "sigmoid", "shortest": 4}},
     "mesa-rotated": {
         "kind": "mesa",

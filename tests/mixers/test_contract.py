@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
 from dataclasses import replace
 
@@ -264,6 +265,19 @@ def test_a_step_is_a_call_in_place(name):
         assert close((y * real, state), (wanted * real, expected))
         assert not y.requires_grad
     assert {key: x.data_ptr() for key, x in state.items()} == places
+
+
+@every_mixer
+def test_kernels_step_alike(name):
+    pytest.importorskip("triton")
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("on the CPU kernels run in the interpreter")
+    mixer, call = build(name, torch.float32), context(12, dtype=torch.float32)
+    state = mixer(span(call, 0, 11), return_state=True)[1]
+    token = span(call, 11, 12)
+    expected = mixer(token, state, return_state=True)
+    with kernels.backend("triton"):
+        assert close((mixer.step(token, state), state), expected, 1e-5)
 
 
 def test_a_mixer_without_operations_has_a_step():

@@ -229,7 +229,7 @@ def test_mesa_predicts_by_weighted_ridge_regression(name):
         alpha = (call.hidden_states[0] @ mixer.gate.weight + mixer.gate.bias).sigmoid()
     else:
         alpha = (-mixer.gate.rate.exp()).exp().expand(12, 2)
-    ridge = 0.25 + functional.softplus(mixer.ridge)
+    ridge = 0.25 + functional.softplus(mixer.ridge.excess)
     for t in range(12):
         for head in range(4):
             kv = head // 2
@@ -241,8 +241,7 @@ def test_mesa_predicts_by_weighted_ridge_regression(name):
 
 
 def test_mesa_starts_with_a_ridge_of_one_above_the_smallest():
-    ridge = functional.softplus(parse({"kind": "mesa"}).build(SHAPE).ridge)
-    assert torch.allclose(ridge, torch.ones(2, 8))
+    assert torch.allclose(parse({"kind": "mesa", "smallest": 0.5}).build(SHAPE).ridge(), torch.full((2, 8), 1.5))
 
 
 ERRORS = {

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from .. import features as maps
 from ..specs import Features, State
-from .gated import chunk, closing, rows_of, within
+from .gated import chunk, chunk_rows, closing, within
 from .linear import own
 from .scan import scan
 from .tiles import real
@@ -48,7 +48,7 @@ def delta_attention(
     heads = phi_k.shape[2]
     values, gates, betas = (x.repeat_interleave(heads // x.shape[2], 2) for x in (values, gates, betas.unsqueeze(-1)))
 
-    rows = rows_of(tokens)
+    rows = chunk_rows(tokens)
     queries = chunk(phi_q.unflatten(2, (heads, -1)) * scale, rows)
     keys, values, gates, betas = (chunk(x, rows) for x in (phi_k, values, gates, betas))
     # one value per token: what comes out are the weights themselves

@@ -21,14 +21,6 @@ from .tiles import real
 ROWS = 64
 
 
-def rows_of(tokens: int) -> int:
-    """Rows of the chunks of a call: the power of two that holds all tokens, but no more than `ROWS`."""
-    rows = 1
-    while rows < ROWS and rows < tokens:
-        rows *= 2
-    return rows
-
-
 def closing(log_gate: Tensor, segments: Tensor | None) -> Tensor:
     """[B, T, H, F or 1] log-gates that let nothing into a new document."""
     if segments is None:
@@ -42,6 +34,14 @@ def chunk(x: Tensor, rows: int) -> Tensor:
     count = (x.shape[1] + rows - 1) // rows
     x = functional.pad(x, (0, 0) * (x.ndim - 2) + (0, count * rows - x.shape[1]))
     return x.unflatten(1, (count, rows)).movedim((1, 3), (0, 2)).flatten(0, 2)
+
+
+def chunk_rows(tokens: int) -> int:
+    """A power of two, no more than needed."""
+    rows = 1
+    while rows < ROWS and rows < tokens:
+        rows *= 2
+    return rows
 
 
 def within(q: Tensor, k: Tensor, v: Tensor, log_gate: Tensor, on_values: bool = False) -> tuple[Tensor, Tensor, Tensor]:
@@ -112,7 +112,7 @@ def gated_linear_attention(
     heads = phi_k.shape[2]
     values, gates = (x.repeat_interleave(heads // x.shape[2], 2) for x in (values, gates))
 
-    rows = rows_of(tokens)
+    rows = chunk_rows(tokens)
     queries = chunk(phi_q.unflatten(2, (heads, -1)), rows)
     keys, values, gates = chunk(phi_k, rows), chunk(values, rows), chunk(gates, rows)
     y, since, until = within(queries, keys, values, gates)

@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from .. import features as maps
 from ..specs import State
-from .gated import chunk, rows_of, within
+from .gated import chunk, chunk_rows, within
 from .linear import own
 from .scan import scan
 from .tiles import real
@@ -110,7 +110,7 @@ def mesa_attention(
         opens = functional.pad(segments[:, 1:] != segments[:, :-1], (1, 0))
         (gates,) = real(lengths, gates.masked_fill(opens.unsqueeze(-1), float("-inf")))
 
-    rows = rows_of(tokens)
+    rows = chunk_rows(tokens)
     queries = chunk(queries.unflatten(2, (heads, -1)), rows)
     keys, values, gates = (chunk(x, rows) for x in (keys, values, gates.unsqueeze(-1)))
     ones = torch.ones_like(gates)

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from .. import features as maps
 from ..specs import State
-from .gated import chunk, rows_of, within
+from .gated import chunk, chunk_rows, within
 from .linear import own
 from .scan import scan
 from .tiles import real
@@ -39,7 +39,7 @@ def gated_slot_attention(
         opens = functional.pad(segments[:, 1:] != segments[:, :-1], (1, 0))
         (gates,) = real(lengths, gates.masked_fill(opens[:, :, None, None], float("-inf")))
 
-    rows = rows_of(tokens)
+    rows = chunk_rows(tokens)
     queries = chunk(queries.unflatten(2, (heads, -1)), rows) * scaling
     keys, values, writes, gates = (chunk(x, rows) for x in (keys, values, writes, gates))
     scores, since, until = within(queries, keys, writes, gates, on_values=True)

@@ -67,4 +67,4 @@ DELTA_STAGES = {
 
 def delta_launch(kernel: str, widest: int) -> dict[str, int]:
     """Launch options of a kernel of the delta rule whose widest tile has so many columns."""
-    return {"num_warps": 8 if widest > 128 else 4, "num_stages": DELTA_STAGES[kernel]}
+    return {"num_warps": 8 if widest > 128 or kernel == "chunk_gradients" else 4, "num_stages": DELTA_STAGES[kernel]}

@@ -22,20 +22,15 @@ def inverse(A, C: tl.constexpr, INTERPRET: tl.constexpr):
     the diagonal and the block L below them, (T⁻¹ + L)⁻¹ = T - T L T. No power of A is formed: where keys are alike
     those are huge.
     """
-    N: tl.constexpr = C // BLOCK
-    at = tl.arange(0, N)
-    same = at[:, None, None, None] == at[None, None, :, None]
-    blocks = tl.sum(tl.where(same, tl.reshape(A, [N, BLOCK, N, BLOCK]), 0.0), 2)
-    rows, columns = tl.arange(0, BLOCK)[None, :, None], tl.arange(0, BLOCK)[None, None, :]
-    T = tl.where((rows == columns) & (at[:, None, None] >= 0), 1.0, 0.0)
-    for r in range(1, BLOCK):
-        weights = tl.sum(tl.where(rows == r, blocks, 0.0), 1)
-        row = tl.sum(weights[:, :, None] * T, 1)
-        T = tl.where(rows == r, T - row[:, None, :], T)
-    T = tl.reshape(tl.where(same, T[:, :, None, :], 0.0), [C, C])
     i, j = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
+    T = tl.where(i == j, 1.0, 0.0)
+    for r in range(1, BLOCK):
+        # row r of every block at once: their columns are not the same
+        here = (i % BLOCK == r) & (i // BLOCK == j // BLOCK)
+        weights = tl.sum(tl.where(here, A, 0.0), 0)
+        T -= tl.where(here, tl.sum(weights[:, None] * T, 0)[None, :], 0.0)
     if C >= 32:
-        T = merged(T, tl.where((i // 16 != j // 16) & (i // 32 == j // 32), A, 0.0), INTERPRET)
+        T = merged(T, tl.where((i // BLOCK != j // BLOCK) & (i // 32 == j // 32), A, 0.0), INTERPRET)
     if C >= 64:
         T = merged(T, tl.where(i // 32 != j // 32, A, 0.0), INTERPRET)
     return T
@@ -43,6 +38,15 @@ def inverse(A, C: tl.constexpr, INTERPRET: tl.constexpr):
 
 @triton.jit
 def merged(T, L, INTERPRET: tl.constexpr):
-    """T - T L T, to about 16 bits: three times a product of bf16, the tiles of which are laid out as all others."""
-    precision: tl.constexpr = "ieee" if INTERPRET else "bf16x3"
-    return T - tl.dot(T, tl.dot(L, T, input_precision=precision), input_precision=precision)
+    """T - T L T."""
+    return T - product(T, product(L, T, INTERPRET), INTERPRET)
+
+
+@triton.jit
+def product(a, b, INTERPRET: tl.constexpr):
+    """a b of fp32 tiles to about 16 bits: in bf16, each as a sum of two, since tiles of 32 bits have another layout."""
+    if INTERPRET:
+        return tl.dot(a, b)
+    high_a, high_b = a.to(tl.bfloat16), b.to(tl.bfloat16)
+    low_a, low_b = (a - high_a.to(tl.float32)).to(tl.bfloat16), (b - high_b.to(tl.float32)).to(tl.bfloat16)
+    return tl.dot(high_a, high_b, tl.dot(high_a, low_b, tl.dot(low_a, high_b)))

@@ -1,0 +1,214 @@
+"""Kernels of the delta rule in Triton's interpreter: what they compute, not how a compiler translates it."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_cases import Call, Shape, difference, gradients
+from torch import Tensor
+
+from surgery import kernels
+
+if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("kernels run on a GPU or in the interpreter", allow_module_level=True)
+
+delta_rule = pytest.importorskip("surgery.kernels.triton").delta_rule
+ROOT = Path(__file__).resolve().parents[2]
+IDENTITY = kernels.Features("identity")
+
+
+def draw(
+    tokens: int,
+    gate: bool = True,
+    heads: tuple[int, int, int] = (2, 1, 1),
+    features: int = 16,
+    columns: int = 16,
+    batch: int = 1,
+    carried: bool = True,
+    half_life: float = 3.0,
+    alike: float = 0.0,
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """Tensors of a call: heads of queries, of the state and of v; keys of length one, more or less alike."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator)
+
+    h, h_s, h_kv = heads
+    keys = random(batch, tokens, h_s, features) + alike
+    tensors = {
+        "q": random(batch, tokens, h, features),
+        "k": torch.nn.functional.normalize(keys, dim=-1),
+        "v": random(batch, tokens, h_kv, columns),
+        "beta": 2 * random(batch, tokens, h_s).sigmoid(),
+    }
+    if gate:
+        tensors["log_decay"] = -math.log(2) / half_life * random(batch, tokens, h_s).exp()
+    if carried:
+        tensors["S"] = random(batch, h_s, features, columns)
+    return tensors
+
+
+def exact(q, k, v, beta, *, log_decay=None, scale=1.0, S=None, documents=None):
+    """The recurrence, token by token, through the operation's reference."""
+    y, after = kernels.delta_attention.reference(
+        q, k, v.repeat_interleave(k.shape[2] // v.shape[2], 2), beta, log_decay, features_q=IDENTITY,
+        features_k=IDENTITY, unit=False, scale=scale, state=None if S is None else {"S": S}, segments=documents,
+        return_state=True,
+    )  # fmt: skip
+    return y, after["S"]
+
+
+def everything(function, tensors: dict[str, Tensor], dtype: torch.dtype, **options: Any) -> list[Tensor]:
+    """Outputs, and all gradients of a random functional of them."""
+    leaves = {name: x.to(dtype, copy=True).requires_grad_() for name, x in tensors.items()}
+    outputs = function(**leaves, **options)
+    generator = torch.Generator().manual_seed(99)
+    total = sum((x * torch.randn(x.shape, generator=generator).to(x.dtype)).sum() for x in outputs)
+    return [x.detach() for x in outputs] + list(torch.autograd.grad(total, list(leaves.values())))
+
+
+def error(tensors: dict[str, Tensor], **options: Any) -> float:
+    options = {"scale": 0.7, **options}
+    found = everything(delta_rule, tensors, torch.float32, **options)
+    return difference(found, everything(exact, tensors, torch.float64, **options))
+
+
+@pytest.mark.parametrize("gate", [False, True], ids=["none", "scalar"])
+@pytest.mark.parametrize("tokens", [1, 15, 32, 65])
+def test_is_the_recurrence(tokens, gate):
+    assert error(draw(tokens, gate, carried=tokens != 32)) < 1e-5
+
+
+@pytest.mark.parametrize("heads", [(1, 1, 1), (4, 2, 2), (4, 1, 1), (4, 4, 2), (4, 2, 1)], ids=str)
+def test_shared_heads(heads):
+    assert error(draw(20, heads=heads, batch=2)) < 1e-5
+
+
+@pytest.mark.parametrize(("features", "columns"), [(12, 32), (32, 5), (16, 80), (80, 16)])
+def test_widths(features, columns):
+    """Padded ones, and those cut into several programs."""
+    assert error(draw(40, features=features, columns=columns)) < 1e-5
+
+
+@pytest.mark.parametrize("gate", [False, True], ids=["none", "scalar"])
+def test_documents(gate):
+    """Of one token, of a chunk and more, and one that starts where a chunk does."""
+    ids = torch.tensor([[0] * 5 + [1] + [2] + [3] * 25 + [4] * 48, [7] * 80])
+    assert error(draw(80, gate, heads=(1, 1, 1), batch=2), documents=ids) < 1e-5
+
+
+@pytest.mark.parametrize("half_life", [0.1, 1e6])
+def test_extreme_gates(half_life):
+    assert error(draw(70, half_life=half_life)) < 1e-5
+
+
+def test_gates_of_all_sizes_together():
+    """Nothing is lost of small gates beside large ones, and a gate of zero forgets everything."""
+    tensors = draw(70)
+    tensors["log_decay"] = -(10 ** torch.linspace(-7, 3, 70)[torch.randperm(70)])[None, :, None]
+    assert error(tensors) < 1e-5
+    tensors["log_decay"][:, 40] = -math.inf
+    y, S = delta_rule(**tensors)
+    later = {name: x[:, 40:] for name, x in tensors.items() if name != "S"}
+    expected, expected_S = delta_rule(**later)
+    assert difference((y[:, 40:], S), (expected, expected_S)) < 1e-5
+    assert all(x.isfinite().all() for x in everything(delta_rule, tensors, torch.float32))
+
+
+@pytest.mark.parametrize("beta", [1.0, 2.0])
+def test_keys_alike(beta):
+    """Powers of A would be huge."""
+    tensors = draw(70, gate=False, alike=30.0)
+    tensors["beta"] = torch.full_like(tensors["beta"], beta)
+    assert error(tensors) < 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_sixteen_bits(dtype):
+    """Chunks of 64. The interpreter computes in fp32 and truncates what is stored: only that may differ."""
+    tensors = {name: x.to(dtype) if name in "qkv" else x for name, x in draw(70).items()}
+    found = everything(
+        lambda **x: delta_rule(**{n: t.to(tensors[n].dtype) for n, t in x.items()}), tensors, torch.float32
+    )
+    assert delta_rule(**tensors)[0].dtype == dtype
+    expected = everything(exact, tensors, torch.float64)
+    assert difference(found, expected) < (3e-2 if dtype == torch.bfloat16 else 4e-3)
+
+
+def test_is_an_operation_torch_knows():
+    for gate in (False, True):
+        t = {name: x.requires_grad_() for name, x in draw(9, gate, features=3, columns=4).items()}
+        arguments = (t["q"], t["k"], t["v"], t["beta"], t.get("log_decay"), t["S"], torch.arange(9)[None].int() // 4)
+        torch.library.opcheck(torch.ops.surgery.delta_attention.default, (*arguments, 0.5))
+
+
+def test_compiles_into_one_graph():
+    torch._dynamo.reset()
+    tensors = draw(20)
+    compiled = torch.compile(delta_rule, fullgraph=True, backend="aot_eager")
+    found = everything(compiled, tensors, torch.float32)
+    assert difference(found, everything(delta_rule, tensors, torch.float32)) < 1e-6
+
+
+@settings(max_examples=6, deadline=None, derandomize=True)
+@given(
+    tokens=st.integers(1, 70),
+    gate=st.booleans(),
+    groups=st.sampled_from([(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 4), (1, 2, 2)]),
+    features=st.integers(8, 20),
+    columns=st.integers(1, 20),
+    carried=st.booleans(),
+    packed=st.booleans(),
+    seed=st.integers(0, 100),
+)
+def test_any_shape(tokens, gate, groups, features, columns, carried, packed, seed):
+    h_kv, each, more = groups
+    heads = h_kv * each * more, h_kv * each, h_kv
+    tensors = draw(tokens, gate, heads, features, columns, carried=carried, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    ids = (torch.rand(1, tokens, generator=generator) < 0.1).cumsum(1) if packed else None
+    assert error(tensors, documents=ids) < 1e-5
+
+
+@pytest.mark.parametrize("form", ["delta", "delta-scalar", "delta-plain"])
+def test_operations_are_the_references(form):
+    """Features, padding and packed documents around the kernels, the state in and out."""
+    call = Call.of(form, Shape(50), torch.float32)
+    state = call.span(0, 20).run("reference")[1]
+    rest = call.span(20, 50)
+    lengths = torch.tensor([30, 17])
+    segments = torch.tensor([[0] * 3 + [1] * 27, [0] * 16 + [4] + [9] * 13])
+    for options in ({"state": state, "lengths": lengths}, {"segments": segments, "lengths": lengths}):
+        y, after = rest.run("triton", **options)
+        expected, expected_after = rest.run("reference", **options)
+        assert y.dtype == torch.float32
+        real = (torch.arange(30) < lengths[:, None])[:, :, None, None]
+        assert difference((y * real, after), (expected * real, expected_after)) < 1e-5
+        assert y.isfinite().all()
+    ours = gradients(rest, "triton", state, lengths=lengths)
+    assert difference(ours, gradients(rest, "reference", state, lengths=lengths)) < 1e-5
+
+
+def test_what_no_kernel_covers_runs_chunked():
+    for call in (Call.of("delta", Shape(9)), Call.of("delta-channel", Shape(9), torch.float32)):
+        assert difference(call.run("triton"), call.run("chunked")) == 0
+
+
+def test_compiles_for_a_gpu():
+    """Without one, and in a process of its own: this one interprets."""
+    environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "benchmarks.check_kernels", "--arch", "90", "--dtype", "bf16", "--square"]
+    command += ["--group", "4", "--gate", "4", "--spills", "100"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
