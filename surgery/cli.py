@@ -304,9 +304,9 @@ def evaluate(
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "float32",
 ) -> None:
     """Measure a model beside its softmax model and its controls: loss, recall, use of the history, memory."""
-    from .evaluation.comparison import write_json
+    from .evaluation.comparison import write_json, write_text
     from .evaluation.plot import plot
-    from .evaluation.report import remarks, tables
+    from .evaluation.report import markdown, remarks, tables
     from .evaluation.run import Settings, evaluate_folders, output_files
 
     settings = Settings(length, batch_size, copy_tokens, device, dtype)
@@ -315,11 +315,12 @@ def evaluate(
         _show(table)
     for remark in remarks(found.result):
         _console().print(remark)
-    numbers, picture = output_files(out)
+    numbers, text, picture = output_files(out)
     write_json(found, numbers)
-    typer.echo(f"wrote {numbers}")
+    write_text(markdown(found), text)
     plot(found, picture)
-    typer.echo(f"wrote {picture}")
+    for path in (numbers, text, picture):
+        typer.echo(f"wrote {path}")
 
 
 @app.command()

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import SurgeryError
-from .gap import GapClosed, gap_closed
+from .gap import GapClosed, check_same, gap_closed
 from .result import Evaluation
 
 
@@ -49,6 +49,8 @@ def compare(result: Evaluation, softmax: Evaluation | None = None, controls: Seq
     Raises:
         SurgeryError: they were not measured on the same windows.
     """
+    for other in (*([] if softmax is None else [softmax]), *controls):
+        check_same(result, other)
     gaps = () if softmax is None else tuple(gap_closed(result, control, softmax) for control in controls)
     return Comparison(result, softmax, tuple(controls), gaps)
 
@@ -60,8 +62,13 @@ def short_name(evaluation: Evaluation) -> str:
 
 def write_json(comparison: Comparison, path: Path) -> None:
     """Write a comparison; the file appears whole or not at all."""
+    write_text(json.dumps(comparison.to_dict()) + "\n", path)
+
+
+def write_text(text: str, path: Path) -> None:
+    """Write a text; the file appears whole or not at all."""
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(comparison.to_dict()) + "\n", encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
 
 
 def read_result(path: Path) -> Evaluation:

@@ -48,7 +48,7 @@ def gap_closed(result: Evaluation, control: Evaluation, softmax: Evaluation) -> 
         SurgeryError: the three were not measured on the same windows.
     """
     for other in (control, softmax):
-        _check_same(result, other)
+        check_same(result, other)
     pairs = {domain: _differences(domain, result, control, softmax) for domain in result.domains}
     domains = {domain: _ratio([pair]) for domain, pair in pairs.items()}
     counted = [domains[domain] for domain in result.mean_over]
@@ -60,7 +60,13 @@ def gap_closed(result: Evaluation, control: Evaluation, softmax: Evaluation) -> 
     return GapClosed(control.model, softmax.model, domains, mean, of_mean)
 
 
-def _check_same(result: Evaluation, other: Evaluation) -> None:
+def check_same(result: Evaluation, other: Evaluation) -> None:
+    """Refuse what was measured elsewhere.
+
+    Raises:
+        SurgeryError: the two were not measured on the same windows.
+    """
+
     def refuse(what: str) -> None:
         raise SurgeryError(f"cannot compare {result.model} with {other.model}: {what}; evaluate both on the same data")
 

@@ -24,6 +24,7 @@ from .result import (
     DomainResult,
     Evaluation,
     HistoryAblation,
+    mean,
     mean_stderr,
     position_buckets,
     stderr,
@@ -125,14 +126,16 @@ class _Measuring:
 def _domain(measuring: _Measuring, ids: Tensor, copies: Tensor | None, copy_tokens: int, ablate: bool) -> DomainResult:
     nll = measuring.losses("loss", ids)
     by_window, by_position = nll.mean(1), nll.mean(0)
+    ranges = {name: nll[:, where].mean(1) for name, where in position_buckets(ids.shape[1]).items()}
     return DomainResult(
         windows=len(ids),
         tokens_sha256=hashlib.sha256(ids.numpy().tobytes()).hexdigest(),
         nll=by_window.mean().item(),
         stderr=stderr(by_window),
-        by_position={name: by_position[where].mean().item() for name, where in position_buckets(ids.shape[1]).items()},
+        by_position={name: mean(values) for name, values in ranges.items()},
         window_nll=by_window.tolist(),
         position_nll=[round(value, 4) for value in by_position.tolist()],
+        window_by_position={name: [round(value, 5) for value in values.tolist()] for name, values in ranges.items()},
         copy=None if copies is None else recall.copy_recall(measuring.losses("copies", copies), copy_tokens),
         history=measuring.history(ids) if ablate else None,
     )

@@ -10,6 +10,7 @@ import numpy as np
 from ..errors import SurgeryError
 from ..report import _bytes
 from .comparison import Comparison, replacing
+from .positions import by_position
 from .result import Evaluation, Memory
 
 INK, MUTED = "#1f2933", "#7b8794"
@@ -53,14 +54,25 @@ def smooth_loss(evaluation: Evaluation) -> tuple[np.ndarray, np.ndarray]:
     return at, (total[last] - total[first - 1]) / (last - first + 1)
 
 
+def ranges(evaluation: Evaluation) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of each range of positions: its middle on a logarithmic axis, the loss, the standard error (not known: 0)."""
+    found = by_position(evaluation)
+    ends = np.array([[float(end) for end in name.split("-")] for name in found])
+    means = np.array([[mean.value, mean.stderr or 0.0] for mean in found.values()])
+    return np.sqrt(ends.prod(1)), means[:, 0], means[:, 1]
+
+
 def _losses(axes: Any, comparison: Comparison) -> None:
-    curves = {name: smooth_loss(evaluation) for name, evaluation in comparison.named.items()}
     length = comparison.result.length
     start = min(8, max(1, length // 8))
     seen = []
-    for (name, (at, loss)), color in zip(curves.items(), _colors(comparison), strict=True):
+    for (name, evaluation), color in zip(comparison.named.items(), _colors(comparison), strict=True):
+        at, loss = smooth_loss(evaluation)
         shown = at >= start
         axes.plot(at[shown], loss[shown], color=color, linewidth=2, label=name)
+        centers, values, errors = ranges(evaluation)
+        kept = centers >= start
+        axes.errorbar(centers[kept], values[kept], errors[kept], color=color, fmt="o", markersize=4, capsize=3)
         seen.append(loss[shown])
     values = np.concatenate(seen)
     margin = 0.06 * (values.max() - values.min() or 1)

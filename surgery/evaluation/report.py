@@ -1,4 +1,4 @@
-"""Evaluations as rich tables."""
+"""Evaluations as rich tables, and as Markdown."""
 
 from __future__ import annotations
 
@@ -8,14 +8,28 @@ from rich.text import Text
 from ..report import _bytes
 from .comparison import Comparison
 from .gap import GapClosed, Ratio
-from .result import ENOUGH_WINDOWS, DomainResult, Evaluation
+from .positions import above, by_position
+from .result import ENOUGH_WINDOWS, DomainResult, Evaluation, Mean
 
 
 def tables(comparison: Comparison) -> list[Table]:
     """Losses of all models, the gap closed, and what else is known of the result."""
     result = comparison.result
-    parts = [_losses(comparison), _gaps(comparison.gaps, result), _positions(result), _memory(comparison)]
-    return [table for table in parts if table is not None]
+    parts = [_losses(comparison), _gaps(comparison.gaps, result), _positions(comparison), _domains(result)]
+    return [table for table in (*parts, _memory(comparison)) if table is not None]
+
+
+def markdown(comparison: Comparison) -> str:
+    """What `tables` and `remarks` show, as Markdown, with where the numbers come from."""
+    origin = ", ".join(f"{name} {value}" for name, value in comparison.result.provenance.items())
+    lines = [f"# {comparison.result.model}", origin, *(str(remark) for remark in remarks(comparison.result))]
+    for table in tables(comparison):
+        rows = zip(*([str(cell) for cell in column.cells] for column in table.columns), strict=True)
+        heads = [str(column.header) for column in table.columns]
+        dashes = ["---:" if column.justify == "right" else "---" for column in table.columns]
+        lines.append(f"## {table.title}")
+        lines.append("\n".join("| " + " | ".join(row) + " |" for row in (heads, dashes, *rows)))
+    return "\n\n".join(line for line in lines if line) + "\n"
 
 
 def remarks(result: Evaluation) -> list[Text]:
@@ -62,19 +76,33 @@ def _gaps(gaps: tuple[GapClosed, ...], result: Evaluation) -> Table | None:
     return table
 
 
-def _positions(result: Evaluation) -> Table:
+def _positions(comparison: Comparison) -> Table:
+    """Every model's losses, and below them how much higher they are than the softmax model's."""
+    table = Table(title="nats per token by tokens before, mean of the domains, ± standard error over windows")
+    table.add_column("model")
+    for name in by_position(comparison.result):
+        table.add_column(name, justify="right")
+    for name, evaluation in comparison.named.items():
+        table.add_row(name, *map(_mean, by_position(evaluation).values()))
+    for name, evaluation in comparison.named.items():
+        higher = {} if comparison.softmax in (None, evaluation) else above(evaluation, comparison.softmax)
+        if higher:
+            table.add_row(f"{name}, above softmax", *(_mean(mean, "+.3f") for mean in higher.values()))
+    return table
+
+
+def _domains(result: Evaluation) -> Table | None:
     domains = result.domains.values()
-    table = Table(title="by tokens before; copies of unseen text; second half with the history taken away or swapped")
-    table.add_column("domain")
-    for bucket in next(iter(domains)).by_position:
-        table.add_column(bucket, justify="right")
     copies, ablated = any(d.copy for d in domains), any(d.history for d in domains)
+    if not (copies or ablated):
+        return None
+    table = Table(title="copies of unseen text; second half with the history taken away or swapped")
+    table.add_column("domain")
     for name, shown in (("copy, 1st → 2nd", copies), ("emptied", ablated), ("swapped", ablated), ("used", ablated)):
         if shown:
             table.add_column(name, justify="right")
     for domain, found in result.domains.items():
-        losses = [f"{nll:.3f}" for nll in found.by_position.values()]
-        table.add_row(domain, *losses, *([_copy(found)] if copies else []), *(_history(found) if ablated else []))
+        table.add_row(domain, *([_copy(found)] if copies else []), *(_history(found) if ablated else []))
     return table
 
 
@@ -110,6 +138,10 @@ def _memory(comparison: Comparison) -> Table:
 
 def _with_error(value: float, error: float | None, form: str = ".3f") -> str:
     return f"{value:{form}}" if error is None else f"{value:{form}} ± {error:.3f}"
+
+
+def _mean(mean: Mean, form: str = ".3f") -> str:
+    return _with_error(mean.value, mean.stderr, form)
 
 
 def _percent(ratio: Ratio | None) -> str:

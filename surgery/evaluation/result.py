@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch import Tensor
 
 from ..errors import SurgeryError
 
-FORMAT = 1
+FORMAT = 2
 ENOUGH_WINDOWS = 16
 """A domain with fewer windows is reported but enters no mean."""
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean, its standard error (None: of one sample, or not known), and over how many samples it is."""
+
+    value: float
+    stderr: float | None
+    count: int
 
 
 @dataclass(frozen=True)
@@ -49,8 +58,9 @@ class HistoryAblation:
 class DomainResult:
     """One domain.
 
-    tokens_sha256: of all windows. by_position: mean loss by the number of tokens before, "1-64": ...
+    tokens_sha256: of all windows. by_position: loss by the number of tokens before, "1-64": ..., over windows.
     window_nll: one number a window. position_nll: one number for each number of tokens before, from 1 on.
+    window_by_position: one number a window for each range of `by_position` (empty: not kept).
     copy: None: too few tokens, or not asked for. history: None: the model carries none.
     """
 
@@ -58,9 +68,10 @@ class DomainResult:
     tokens_sha256: str
     nll: float
     stderr: float | None
-    by_position: dict[str, float]
+    by_position: dict[str, Mean]
     window_nll: list[float]
     position_nll: list[float]
+    window_by_position: dict[str, list[float]] = field(default_factory=dict)
     copy: CopyRecall | None = None
     history: HistoryAblation | None = None
 
@@ -129,8 +140,25 @@ class Evaluation:
 
 def _domain(data: dict[str, Any]) -> DomainResult:
     parts = {"copy": CopyRecall, "history": HistoryAblation}
-    nested = {name: None if data[name] is None else cls(**data[name]) for name, cls in parts.items()}
+    nested: dict[str, Any] = {name: None if data[name] is None else cls(**data[name]) for name, cls in parts.items()}
+    # format 1 had means alone
+    nested["by_position"] = {
+        name: Mean(**mean) if isinstance(mean, dict) else Mean(mean, None, data["windows"])
+        for name, mean in data["by_position"].items()
+    }
     return DomainResult(**{**data, **nested})
+
+
+def mean(samples: Tensor) -> Mean:
+    """Of [n] independent samples."""
+    return Mean(samples.double().mean().item(), stderr(samples.double()), len(samples))
+
+
+def mean_of_means(means: Iterable[Mean]) -> Mean:
+    """Of independent means, each counting the same."""
+    means = list(means)
+    value = sum(mean.value for mean in means) / len(means)
+    return Mean(value, mean_stderr(mean.stderr for mean in means), sum(mean.count for mean in means))
 
 
 def stderr(samples: Tensor) -> float | None:

@@ -63,12 +63,13 @@ def evaluate_folders(
     return compare(result, None if softmax is None else measured(softmax), [measured(name) for name in controls])
 
 
-def output_files(out: str) -> tuple[Path, Path]:
-    """JSON and PNG: `evaluation` in a folder (one that exists, or ends with a slash), else with `out` as prefix."""
+def output_files(out: str) -> tuple[Path, Path, Path]:
+    """JSON, Markdown, PNG: `evaluation` in a folder (that exists, or ends with a slash), else with `out` as prefix."""
     path = Path(out)
     if out.endswith("/") or path.is_dir():
         path = path / "evaluation"
-    return path.with_name(path.name + ".json"), path.with_name(path.name + ".png")
+    json, markdown, picture = (path.with_name(path.name + end) for end in (".json", ".md", ".png"))
+    return json, markdown, picture
 
 
 def _evaluate_folder(name: str, corpora: dict[str, Any], settings: Settings) -> Evaluation:

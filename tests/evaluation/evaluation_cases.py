@@ -7,6 +7,7 @@ import torch
 
 from surgery.evaluation import DomainResult, Evaluation, Memory
 from surgery.evaluation.result import ENOUGH_WINDOWS, mean_stderr, position_buckets, stderr
+from surgery.evaluation.result import mean as summed
 
 
 def made_up(
@@ -17,14 +18,19 @@ def made_up(
     for domain, values in losses.items():
         mean = float(np.mean(values))
         curve = mean + 1.5 / np.sqrt(np.arange(1, length)) - 3 / np.sqrt(length)
+        ranges = {
+            name: torch.tensor([curve[where].mean() + value - mean for value in values], dtype=torch.float64)
+            for name, where in position_buckets(length).items()
+        }
         domains[domain] = DomainResult(
             windows=len(values),
             tokens_sha256=tokens,
             nll=mean,
             stderr=stderr(torch.tensor(values, dtype=torch.float64)),
-            by_position={bucket: float(curve[where].mean()) for bucket, where in position_buckets(length).items()},
+            by_position={name: summed(samples) for name, samples in ranges.items()},
             window_nll=values,
             position_nll=curve.round(4).tolist(),
+            window_by_position={name: samples.tolist() for name, samples in ranges.items()},
         )
     mean_over = [domain for domain, values in losses.items() if len(values) >= ENOUGH_WINDOWS]
     counted = [domains[domain] for domain in mean_over]

@@ -77,7 +77,9 @@ def test_losses_by_position(softmax_result, corpora):
         nll = cross_entropy(model(rows).logits[:, :-1].transpose(1, 2), rows[:, 1:], reduction="none").mean(0)
     result = softmax_result.domains["code"]
     assert result.position_nll == pytest.approx(nll.tolist(), abs=1e-4)
-    assert result.by_position == {"1-63": pytest.approx(nll.mean().item(), abs=1e-5)}
+    ((name, found),) = result.by_position.items()
+    assert (name, found.count) == ("1-63", result.windows)
+    assert (found.value, found.stderr) == pytest.approx((nll.mean().item(), result.stderr), abs=1e-5)
 
 
 def test_buckets_cover_every_position_once():
@@ -313,7 +315,7 @@ def test_the_embedded_model_has_the_recorded_losses(demo, held_out):
     assert found.stderr == pytest.approx(expected["stderr"], abs=2e-3)
     assert found.window_nll[0] == pytest.approx(expected["first_window"], abs=2e-3)
     for name in ("1-64", "65-256"):
-        assert found.by_position[name] == pytest.approx(expected[f"position_{name}"], abs=2e-3)
+        assert found.by_position[name].value == pytest.approx(expected[f"position_{name}"], abs=2e-3)
 
 
 def test_the_embedded_model_recalls_as_its_own_script_measures(demo, held_out):

@@ -90,6 +90,14 @@ def test_a_conversion_beside_its_softmax_model_and_control(folders, tmp_path):
         assert words in output
     assert "\x1b" not in output
     assert is_png(picture)
+    text = (tmp_path / "new" / "evaluation.md").read_text()
+    for words in (
+        f"# {folders['converted']}",
+        "| converted converted, above softmax | +",
+        "## gap closed",
+        "transformers",
+    ):
+        assert words in text
     data = json.loads(numbers.read_text())
     assert set(data["result"]["domains"]) == {"prose", "tokens"}
     gap = data["gap_closed"][0]
@@ -152,8 +160,8 @@ def test_the_embedded_model_brings_its_own_text(folders, tmp_path):
 
 def test_where_files_go(tmp_path):
     assert output_files(str(tmp_path))[0] == tmp_path / "evaluation.json"
-    assert output_files("new/")[1] == Path("new/evaluation.png")
-    assert output_files("runs/liger.v1") == (Path("runs/liger.v1.json"), Path("runs/liger.v1.png"))
+    assert output_files("new/")[2] == Path("new/evaluation.png")
+    assert output_files("runs/liger.v1") == tuple(Path(f"runs/liger.v1.{end}") for end in ("json", "md", "png"))
 
 
 # what is shown
@@ -169,7 +177,7 @@ def test_an_unused_history_is_said_in_red():
 
 def test_one_model_alone_has_no_gap_table():
     titles = [table.title for table in tables(compare(made_up({"a": [2.0, 2.1]})))]
-    assert len(titles) == 3
+    assert len(titles) == 3 and not any("copies" in title for title in titles)
     assert not any("gap" in title for title in titles)
 
 
