@@ -168,7 +168,13 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="A toy on two CPU processes.")
     chosen = parser.parse_args(given)
     if chosen.quick:
-        chosen.shapes, chosen.lengths, chosen.tokens, chosen.steps, chosen.devices = ["toy"], [16, 32], 64, 2, 2
+        chosen.shapes, chosen.lengths, chosen.tokens, chosen.steps, chosen.devices = (
+            ["toy"],
+            [80, 160],
+            160,
+            2,
+            2,
+        )  # beyond the window
     return chosen
 
 

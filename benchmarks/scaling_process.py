@@ -35,6 +35,7 @@ TOY = LlamaConfig(
     num_hidden_layers=2,
     num_attention_heads=4,
     num_key_value_heads=2,
+    initializer_range=0.2,
 )
 WARM_UP = 2
 """Steps that are not timed; one more, the last, is profiled."""
@@ -160,7 +161,9 @@ def child(path: Path) -> None:
     model, stage_now = None, None
     for cell in given["cells"]:
         index = cell["stage"] - 1
-        recipe = load_recipe(given["recipe"]).override({f"stages.{index}.sequence_length": cell["length"]})
+        # a warm-up would be all there is to see of the losses
+        changes = {"sequence_length": cell["length"], "schedule": {"kind": "constant"}}
+        recipe = load_recipe(given["recipe"]).override({f"stages.{index}.{k}": v for k, v in changes.items()})
         if cell["stage"] != stage_now:  # adapters must be there before the model is sharded
             model = None
             gc.collect()

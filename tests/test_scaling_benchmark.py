@@ -16,12 +16,12 @@ def test_quick_run_writes_what_it_measured(tmp_path):
     result = scaling.main(["--quick", "--strategies", "fsdp", "--out", str(tmp_path)])
     rows = result["rows"]
     assert [tuple(row[key] for key in scaling.KEY) for row in rows] == [
-        ("toy", "fsdp", 2, stage, length) for stage in (1, 2) for length in (16, 32)
+        ("toy", "fsdp", 2, stage, length) for stage in (1, 2) for length in (80, 160)
     ]
     for row in rows:
-        assert row["tokens_per_second"] == pytest.approx(2 * 64 / row["seconds"])
+        assert row["tokens_per_second"] == pytest.approx(2 * 160 / row["seconds"])
         assert len(row["losses"]) == scaling_process.WARM_UP + 2 + 1
-        assert 0 < row["communication"] < 1
+        assert 0 < row["communication"] < 1 and row["losses"][0] != row["losses"][-1]
     assert json.loads((tmp_path / "scaling.json").read_text())["rows"] == rows
     assert (tmp_path / "scaling.md").read_text().count("| toy | fsdp | 2 |") == 4
     assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
