@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -45,7 +46,8 @@ Row = dict[str, Any]
 
 def launch(command: list[str], world: int, folder: Path) -> list[subprocess.Popen]:
     """The processes of one host, as torchrun would start them; what they say goes to log files."""
-    env = environment(world) | {"NCCL_NVLS_ENABLE": "0", "PYTHONPATH": str(ROOT)}  # no NVLink multicast
+    paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    env = environment(world) | {"NCCL_NVLS_ENABLE": "0", "PYTHONPATH": paths}  # no NVLink multicast
     started = []
     for rank in range(world):
         ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
