@@ -20,9 +20,9 @@ from transformers.models.auto import configuration_auto, modeling_auto
 
 from .cache import recurrent_layer
 from .errors import SurgeryError
-from .patchers.families import FAMILIES
+from .patchers.families import FAMILIES, WRAPPERS
 from .patchers.interface import IMPLEMENTATION, converted_layers
-from .patchers.sites import MODEL_TYPE_PREFIX, base_model_type
+from .patchers.sites import MODEL_TYPE_PREFIX, SEE, find_family
 from .recipe import Recipe, load_recipe
 
 FORMAT = 1
@@ -141,9 +141,10 @@ def model_class(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
 
 def register_configs() -> None:
     """Make AutoConfig know the converted form of every supported family. Cheap: no modeling code is imported."""
-    for model_type in FAMILIES:
-        original = configuration_auto.CONFIG_MAPPING[model_type]
-        AutoConfig.register(MODEL_TYPE_PREFIX + model_type, config_class(original), exist_ok=True)
+    for model_type in (*FAMILIES, *WRAPPERS):
+        if model_type in configuration_auto.CONFIG_MAPPING_NAMES:
+            original = configuration_auto.CONFIG_MAPPING[model_type]
+            AutoConfig.register(MODEL_TYPE_PREFIX + model_type, config_class(original), exist_ok=True)
 
 
 @functools.cache
@@ -247,9 +248,8 @@ def from_pretrained(
         return AutoModelForCausalLM.from_pretrained(name, config=config, **kwargs)
     if isinstance(config, SurgicalConfig):
         raise SurgeryError(f"{name} is already converted: load it without a recipe, or convert the original checkpoint")
-    if base_model_type(config) not in FAMILIES or type(config) not in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING:
-        supported = ", ".join(sorted(FAMILIES))
-        raise SurgeryError(f"{name} ({config.model_type}) is not a supported family; supported: {supported}")
+    if find_family(config) is None or type(config) not in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise SurgeryError(f"{name} ({config.model_type}) is not supported; {SEE}")
     with torch.device("meta"):
         plan = _plan(AutoModelForCausalLM.from_config(config), recipe, layers)
     config.__class__ = config_class(type(config))
