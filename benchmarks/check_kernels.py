@@ -43,7 +43,7 @@ SINGLE += (
     "z_end_ptr",
 )
 SCALARS = {"scale": "fp32", "eps": "fp32"}
-SCALARS |= dict.fromkeys(("T", "stride_a", "stride_x", "every", "parts", "chunks_each", "span"), "i32")
+SCALARS |= dict.fromkeys(("T", "stride_a", "stride_x", "every", "parts", "chunks_each", "span", "groups"), "i32")
 CHANNEL, DELTA = 3, 4
 """A gate per channel, and the delta rule, among the kinds that --gate takes."""
 

@@ -207,8 +207,8 @@ def test_recipe_with_three_mistakes():
     mixer = {"kind": "linear", "feature_map": {"kind": "hedgehogg"}, "window": {"sise": 8}, "mix": mix, "state": "hed"}
     with untouched(model):
         assert refusal(model, {"mixer": mixer}).split("\n")[:3] == [
-            "recipe: mixer.feature_map.kind: expected 'hedgehog', 'softmax', 'exp', 'relu', 'elu1', 'taylor2' or "
-            "'identity', found 'hedgehogg'; did you mean 'hedgehog'?",
+            "recipe: mixer.feature_map.kind: expected 'hedgehog', 'softmax', 'exp', 'relu', 'silu', 'elu1', "
+            "'taylor2' or 'identity', found 'hedgehogg'; did you mean 'hedgehog'?",
             "recipe: mixer.state: expected 'kv_head' or 'head', found 'hed'; did you mean 'head'?",
             "recipe: mixer.window.sise: unknown key; did you mean 'size'?",
         ]

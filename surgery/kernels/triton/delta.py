@@ -161,7 +161,23 @@ def _backward(
     slices = triton.cdiv(features, told["F"])
     parts = beta.new_empty(2, slices, *beta.shape)
     chunk_gradients[call.grid(slices * call.chunks)](
-        q, k, v, u, dy, dr, beta, *call.gate, states, dstates, dq, dk, *parts, tokens, scale, **told
+        q,
+        k,
+        v,
+        u,
+        dy,
+        dr,
+        beta,
+        *call.gate,
+        states,
+        dstates,
+        dq,
+        dk,
+        *parts,
+        tokens,
+        scale,
+        q.shape[2] // k.shape[2],
+        **told,
     )
     # several heads of the state may share one of v
     dv.copy_((dr * beta.unsqueeze(-1)).unflatten(2, (v.shape[2], -1)).sum(3))
