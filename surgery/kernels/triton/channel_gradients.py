@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .channel_tiles import exponents, load_gates, load_line, query_terms
+from .channel_tiles import exponents, load_gates, load_line, query_terms, sums
 from .tiles import decays, load_rows, rest, store_rows
 
 
@@ -44,8 +44,7 @@ def key_query_gradients(
     row, live = b * T + n * C, T - n * C
     at = (b * H_S + head) * tl.cdiv(T, C) + n
     near = tl.load(near_ptr + at)
-    since, until, total, pairs = decays(near_ptr, document_ptr, row, live, n * C, head, H_S, C, 0, DOCUMENTS, False)
-    _, _, _, turned = decays(near_ptr, document_ptr, row, live, n * C, head, H_S, C, 0, DOCUMENTS, True)
+    since, until, total, _ = decays(near_ptr, document_ptr, row, live, n * C, head, H_S, C, 0, DOCUMENTS, False)
     v = load_rows(v_ptr, row, live, head // (H_S // H_KV), 0, H_KV, D_WIDTH, C, D, INTERPRET)
     k = load_rows(k_ptr, row, live, head, first, H_S, F_WIDTH, C, X, INTERPRET)
     S = load_seen(states_ptr, at, first, F_WIDTH, D_WIDTH, X, D, INTERPRET)
@@ -61,10 +60,11 @@ def key_query_gradients(
     across *= load_line(factor_ptr, at * 2 + 1, first, F_WIDTH, X) * total
     # a gate is crossed by the keys before it: by all, less those from it on. The last key crosses none, and where gates
     # are strong, all others are small beside it
-    crossing = tl.where((r < tl.minimum(live, C) - 1)[:, None], -k.to(tl.float32) * dk, 0.0)
-    across -= tl.sum(crossing, 0)
-    gates = load_gates(gate_ptr, row, live, head, first, H_S, F_WIDTH, C, X, EXACT)
-    read, written, _, _ = exponents(gates, near, EXACT)
+    last = (r == tl.minimum(live, C) - 1)[:, None]
+    final = tl.sum(tl.where(last, dk, 0.0), 0)
+    dk = tl.where(last, 0.0, dk)
+    across += tl.sum(k.to(tl.float32) * dk, 0)
+    crossing = tl.zeros([C, X], tl.float32)
     for g in range(H // H_S):
         query = head * (H // H_S) + g
         inverse, excess = query_terms(inverse_ptr, excess_ptr, row, live, query, H, C, NORMALIZE)
@@ -76,21 +76,28 @@ def key_query_gradients(
             dq -= excess[:, None] * z[None, :]
         dq *= (since * inverse)[:, None]
         P = (tl.dot(dy, tl.trans(v), input_precision=PRECISION) - excess[:, None]) * inverse[:, None]
+        pairs = decays(near_ptr, document_ptr, row, live, n * C, head, H_S, C, 0, DOCUMENTS, False)[3]
         P = tl.where(pairs * near > 0.0, P, 0.0)
         dq = tl.dot(P.to(operand), k, dq, input_precision=PRECISION)
         if NORMALIZE:
             dq = tl.dot(rest(P, operand), k, dq, input_precision=PRECISION)
         crossing += q.to(tl.float32) * dq
-        store_rows(dq_ptr, dq * (tl.exp2(read) * scale), row, live, query, first, H, F_WIDTH, C, X)
-        # found again: the transpose of a product in registers would be a slow operand
+        # exponents, and pairs, are found where they are used, and again: registers are scarce
+        gates = load_gates(gate_ptr, row, live, head, first, H_S, F_WIDTH, C, X, EXACT)
+        read = tl.exp2(exponents(gates, near, EXACT)[0]) * scale
+        store_rows(dq_ptr, dq * read, row, live, query, first, H, F_WIDTH, C, X)
+        # so is the transpose: that of a product in registers would be a slow operand
         P = (tl.dot(v, tl.trans(dy), input_precision=PRECISION) - excess[None, :]) * inverse[None, :]
+        turned = decays(near_ptr, document_ptr, row, live, n * C, head, H_S, C, 0, DOCUMENTS, True)[3]
         P = tl.where(turned * near > 0.0, P, 0.0)
-        part = tl.dot(P.to(operand), q, input_precision=PRECISION)
+        dk = tl.dot(P.to(operand), q, dk, input_precision=PRECISION)
         if NORMALIZE:
-            part = tl.dot(rest(P, operand), q, part, input_precision=PRECISION)
-        crossing -= k.to(tl.float32) * part
-        dk += part
-    store_rows(dk_ptr, dk * tl.exp2(written), row, live, head, first, H_S, F_WIDTH, C, X)
+            dk = tl.dot(rest(P, operand), q, dk, input_precision=PRECISION)
+    crossing -= k.to(tl.float32) * dk
+    dk += tl.where(last, final[None, :], 0.0)
+    gates = load_gates(gate_ptr, row, live, head, first, H_S, F_WIDTH, C, X, EXACT)
+    written = tl.exp2(exponents(gates, near, EXACT)[1])
+    store_rows(dk_ptr, dk * written, row, live, head, first, H_S, F_WIDTH, C, X)
     if GATE:
-        dgate = across[None, :] + tl.cumsum(crossing, 0, reverse=True)
+        dgate = across[None, :] + sums(tl.where(r[None, :] >= r[:, None], 1.0, 0.0), crossing, EXACT, INTERPRET)
         store_rows(dgate_ptr, dgate, row, live, head, first, H_S, F_WIDTH, C, X)
