@@ -22,13 +22,22 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from surgery.kernels.triton import channel_gradients, channel_sweeps, delta, delta_backward, delta_forward, sweeps
+from surgery.kernels.triton import (
+    channel_configs,
+    channel_far,
+    channel_gradients,
+    channel_sweeps,
+    delta,
+    delta_backward,
+    delta_forward,
+    sweeps,
+)
 from surgery.kernels.triton.channel import Call
 from surgery.kernels.triton.configs import GATE_GRADIENT, NORMALIZED, PLAIN, config, padded
 
 # bytes of shared memory a program may have
 SHARED = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}
-POINTERS = {"gate_ptr": "*fp32", "document_ptr": "*i32", "states_ptr": "*bf16", "start_ptr": "*i32", "far_ptr": "*i32"}
+POINTERS = {"gate_ptr": "*fp32", "document_ptr": "*i32", "states_ptr": "*bf16"}
 SINGLE = ("S_ptr", "z_ptr", "mass_ptr", "S_after_ptr", "z_after_ptr", "excess_ptr", "factor_ptr", "dgate_ptr", "zs_ptr")
 SINGLE += (
     "beta_ptr",
@@ -37,13 +46,13 @@ SINGLE += (
     "dz_after_ptr",
     "dS_ptr",
     "dz_ptr",
-    "total_ptr",
     "dzs_ptr",
-    "S_end_ptr",
-    "z_end_ptr",
+    "near_ptr",
+    "inverse_ptr",
 )
+SINGLE += ("total_ptr", "S_end_ptr", "z_end_ptr")
 SCALARS = {"scale": "fp32", "eps": "fp32"}
-SCALARS |= dict.fromkeys(("T", "stride_a", "stride_x", "every", "parts", "chunks_each", "span", "groups"), "i32")
+SCALARS |= dict.fromkeys(("T", "stride_a", "stride_x", "span", "groups"), "i32")
 CHANNEL, DELTA = 3, 4
 """A gate per channel, and the delta rule, among the kinds that --gate takes."""
 
@@ -87,20 +96,19 @@ def channel_variants(features: int, columns: int, groups: int, normalize: bool) 
     heads = {"q": 8 * groups, "k": 8, "v": 8}
     sizes = {n: (1, 64, h, columns if n == "v" else features) for n, h in heads.items()}
     q, k, v = (torch.empty(size, dtype=torch.bfloat16, device="meta") for size in sizes.values())
-    call = Call(q, k, v, k.float(), torch.empty(1, 64, dtype=torch.int32, device="meta"), normalize)
-    forward = {"H_X": 8, "H_W": 8, "REVERSE": False, "CARRIED": True, "ENDS": False}
-    backward = {"H_X": 8 * groups, "H_W": 8 * groups, "REVERSE": True, "CARRIED": True, "ENDS": True}
+    call = Call(q, k, v, torch.empty(1, 64, dtype=torch.int32, device="meta"), normalize)
+    forward = {"CARRIED": True, "STATES": True, "REST": normalize}
+    backward = {"DS_AFTER": True, "DZ_AFTER": normalize, "DS": True, "DZ": normalize, "GATE": True}
     for name, kernel, row, more in (
-        ("S", channel_sweeps.state_sweep, "states", forward),
-        ("y", channel_sweeps.output_sweep, "outputs", {"CARRIED": True}),
-        ("dS", channel_sweeps.state_sweep, "states", backward),
-        ("dqk", channel_gradients.key_query_gradients, "keys and queries", {"GATE": True}),
-        ("dv", channel_gradients.value_gradients, "values", {}),
-        ("far y", channel_sweeps.far_outputs, "outputs", {}),
-        ("far dqk", channel_gradients.far_key_query_gradients, "keys and queries", {"GATE": True}),
-        ("far dv", channel_gradients.far_value_gradients, "values", {}),
+        ("made", channel_sweeps.prepare, channel_configs.PREPARE, {}),
+        ("y", channel_sweeps.output_sweep, channel_configs.SWEEP, forward),
+        ("dv", channel_sweeps.value_sweep, channel_configs.SWEEP, backward),
+        ("dqk", channel_gradients.key_query_gradients, channel_configs.GRADIENTS, backward),
+        ("far y", channel_far.far_outputs, channel_configs.FAR, forward),
+        ("far dqk", channel_far.far_key_query_gradients, channel_configs.GRADIENTS, backward),
+        ("far dv", channel_far.far_value_gradients, channel_configs.FAR, {}),
     ):
-        told = call.told(kernel, call.tile(row), **{**more, "INTERPRET": False})
+        told = call.told(kernel, call.tile(row), INTERPRET=False, **more)
         options = {n: told.pop(n) for n in ("num_warps", "num_stages")}
         yield Variant(name, kernel, told, options)
 
@@ -170,7 +178,7 @@ def check(variant: Variant, arch: int, dtype: str, allowed: int = 0) -> tuple[st
         wrong.append("too much shared memory")
     if len(layouts) > 1:
         wrong.append("tiles of several layouts")
-    if product != ("wgmma" if arch == 90 else "mma"):
+    if variant.sweep != "made" and product != ("wgmma" if arch == 90 else "mma"):
         wrong.append(f"products by {product}")
     line = f"{registers:9d} {spills:6d} {shared / 1024:6.0f} {product:>6}"
     return line, wrong

@@ -1,6 +1,6 @@
 """The operations as Triton kernels; nothing outside this folder imports triton.
 
-Calls that no kernel covers (fp64, more than 256 features, on a GPU gates per channel) run chunked.
+Calls that no kernel covers (fp64, more than 256 features) run chunked.
 """
 
 from __future__ import annotations
@@ -199,8 +199,6 @@ def _attention(
     """The call by kernels, None if they do not cover it."""
     if q.dtype.itemsize > 4 or v.shape[-1] > WIDEST:
         return None
-    if gate is not None and gate.ndim == 4 and not INTERPRET:
-        return None  # right in the interpreter, but gradients are wrong as Triton 3.6 compiles them for sm_90
     require_gpu(q)
     q, k, v = real(lengths, q, k, v)
     phi_q, phi_k = maps.apply(features_q, q), maps.apply(features_k, k)
