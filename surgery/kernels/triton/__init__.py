@@ -15,7 +15,7 @@ from .. import features as maps
 from ..chunked.tiles import real
 from ..specs import Features, State
 from .channel import channel_attention
-from .decay import INTERPRET, WIDEST, decay_attention, require_gpu
+from .decay import WIDEST, decay_attention, require_gpu
 from .delta import delta_rule
 from .error import output_error
 from .hybrid import hybrid_attention, window_attention
