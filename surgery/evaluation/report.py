@@ -9,14 +9,16 @@ from ..report import _bytes
 from .comparison import Comparison
 from .gap import GapClosed, Ratio
 from .positions import above, by_position
-from .result import ENOUGH_WINDOWS, DomainResult, Evaluation, Mean
+from .probe_report import probe_tables, shown, with_error
+from .result import ENOUGH_WINDOWS, DomainResult, Evaluation
 
 
 def tables(comparison: Comparison) -> list[Table]:
     """Losses of all models, the gap closed, and what else is known of the result."""
     result = comparison.result
     parts = [_losses(comparison), _gaps(comparison.gaps, result), _positions(comparison), _domains(result)]
-    return [table for table in (*parts, _memory(comparison)) if table is not None]
+    parts += [*probe_tables(comparison.named), _memory(comparison)]
+    return [table for table in parts if table is not None]
 
 
 def markdown(comparison: Comparison) -> str:
@@ -58,8 +60,8 @@ def _losses(comparison: Comparison) -> Table:
     table.add_column("mean", justify="right")
     for name, evaluation in comparison.named.items():
         domains = [evaluation.domains.get(domain) for domain in result.domains]
-        cells = ["–" if d is None else _with_error(d.nll, d.stderr) for d in domains]
-        mean = "–" if evaluation.nll is None else _with_error(evaluation.nll, evaluation.stderr)
+        cells = ["–" if d is None else with_error(d.nll, d.stderr) for d in domains]
+        mean = "–" if evaluation.nll is None else with_error(evaluation.nll, evaluation.stderr)
         table.add_row(name, evaluation.attention, *cells, mean)
     return table
 
@@ -83,11 +85,11 @@ def _positions(comparison: Comparison) -> Table:
     for name in by_position(comparison.result):
         table.add_column(name, justify="right")
     for name, evaluation in comparison.named.items():
-        table.add_row(name, *map(_mean, by_position(evaluation).values()))
+        table.add_row(name, *map(shown, by_position(evaluation).values()))
     for name, evaluation in comparison.named.items():
         higher = {} if comparison.softmax in (None, evaluation) else above(evaluation, comparison.softmax)
         if higher:
-            table.add_row(f"{name}, above softmax", *(_mean(mean, "+.3f") for mean in higher.values()))
+            table.add_row(f"{name}, above softmax", *(shown(mean, "+.3f") for mean in higher.values()))
     return table
 
 
@@ -98,8 +100,8 @@ def _domains(result: Evaluation) -> Table | None:
         return None
     table = Table(title="copies of unseen text; second half with the history taken away or swapped")
     table.add_column("domain")
-    for name, shown in (("copy, 1st → 2nd", copies), ("emptied", ablated), ("swapped", ablated), ("used", ablated)):
-        if shown:
+    for name, there in (("copy, 1st → 2nd", copies), ("emptied", ablated), ("swapped", ablated), ("used", ablated)):
+        if there:
             table.add_column(name, justify="right")
     for domain, found in result.domains.items():
         table.add_row(domain, *([_copy(found)] if copies else []), *(_history(found) if ablated else []))
@@ -110,7 +112,7 @@ def _copy(found: DomainResult) -> str:
     copy = found.copy
     if copy is None:
         return "–"
-    return f"{_with_error(copy.first, copy.first_stderr)} → {_with_error(copy.second, copy.second_stderr)}"
+    return f"{with_error(copy.first, copy.first_stderr)} → {with_error(copy.second, copy.second_stderr)}"
 
 
 def _history(found: DomainResult) -> list[str | Text]:
@@ -119,9 +121,9 @@ def _history(found: DomainResult) -> list[str | Text]:
         return ["–"] * 3
     swapped = "–"
     if history.swapped_difference is not None:
-        swapped = _with_error(history.swapped_difference, history.swapped_stderr, "+.3f")
+        swapped = with_error(history.swapped_difference, history.swapped_stderr, "+.3f")
     verdict = Text("yes", style="green") if history.history_used else Text("NO", style="bold red")
-    return [_with_error(history.emptied_difference, history.emptied_stderr, "+.3f"), swapped, verdict]
+    return [with_error(history.emptied_difference, history.emptied_stderr, "+.3f"), swapped, verdict]
 
 
 def _memory(comparison: Comparison) -> Table:
@@ -134,14 +136,6 @@ def _memory(comparison: Comparison) -> Table:
     table.add_row("this model", *(_bytes(memory.at(length)[0]) for length in lengths))
     table.add_row("keys and values of softmax", *(_bytes(memory.at(length)[1]) for length in lengths))
     return table
-
-
-def _with_error(value: float, error: float | None, form: str = ".3f") -> str:
-    return f"{value:{form}}" if error is None else f"{value:{form}} ± {error:.3f}"
-
-
-def _mean(mean: Mean, form: str = ".3f") -> str:
-    return _with_error(mean.value, mean.stderr, form)
 
 
 def _percent(ratio: Ratio | None) -> str:
