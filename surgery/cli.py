@@ -290,10 +290,11 @@ def evaluate(
     if model is None:
         raise SurgeryError("no model: surgery evaluate MODEL, a folder or a name on the Hugging Face hub")
     from .evaluation import Probes
-    from .evaluation.comparison import write_json, write_text
+    from .evaluation.comparison import write_json
     from .evaluation.plot import plot
     from .evaluation.report import markdown, remarks, tables
     from .evaluation.run import Settings, evaluate_folders, output_files
+    from .training.run import write_text
 
     amounts = Probes() if probes else Probes(recall_rows=0, parity_rows=0, speed_runs=0, branch_rows=0)
     chosen = replace(amounts, tasks=tuple(tasks or ()), task_rows=task_rows)
@@ -306,7 +307,7 @@ def evaluate(
         _console().print(remark)
     numbers, text, picture = output_files(out)
     write_json(found, numbers)
-    write_text(markdown(found), text)
+    write_text(text, markdown(found))
     plot(found, picture)
     for path in (numbers, text, picture):
         typer.echo(f"wrote {path}")

@@ -16,10 +16,9 @@ TITLES = {
 
 
 def probe_tables(named: Mapping[str, Evaluation]) -> list[Table]:
-    """Of all models by name, the last being what is looked at; without what no model has."""
-    *_, result = named.values()
+    """Of all models by name, the last saying what there is to show."""
     made = [*(_recall(kind, title, named) for kind, title in TITLES.items()), _tasks(named), _running(named)]
-    return [table for table in (*made, _branches(result)) if table is not None]
+    return [table for table in made if table is not None]
 
 
 def with_error(value: float, error: float | None, form: str = ".3f") -> str:
@@ -105,7 +104,8 @@ def _running(named: Mapping[str, Evaluation]) -> Table | None:
     return table
 
 
-def _branches(result: Evaluation) -> Table | None:
+def branches_table(result: Evaluation) -> Table | None:
+    """Of one model, with the share of each layer; None: it was not looked at."""
     found = {name: value for name, value in result.branches.items() if "/" not in name}
     if not found:
         return None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from rich.table import Table
 from rich.text import Text
 
@@ -9,15 +11,16 @@ from ..report import _bytes
 from .comparison import Comparison
 from .gap import GapClosed, Ratio
 from .positions import above, by_position
-from .probe_report import probe_tables, shown, with_error
+from .probe_report import branches_table, probe_tables, shown, with_error
 from .result import ENOUGH_WINDOWS, DomainResult, Evaluation
 
 
 def tables(comparison: Comparison) -> list[Table]:
     """Losses of all models, the gap closed, and what else is known of the result."""
     result = comparison.result
-    parts = [_losses(comparison), _gaps(comparison.gaps, result), _positions(comparison), _domains(result)]
-    parts += [*probe_tables(comparison.named), _memory(comparison)]
+    named = comparison.named
+    parts = [_losses(comparison), _gaps(comparison.gaps, result), positions_table(named, comparison.softmax)]
+    parts += [_domains(result), *probe_tables(named), branches_table(result), _memory(comparison)]
     return [table for table in parts if table is not None]
 
 
@@ -25,13 +28,16 @@ def markdown(comparison: Comparison) -> str:
     """What `tables` and `remarks` show, as Markdown, with where the numbers come from."""
     origin = ", ".join(f"{name} {value}" for name, value in comparison.result.provenance.items())
     lines = [f"# {comparison.result.model}", origin, *(str(remark) for remark in remarks(comparison.result))]
-    for table in tables(comparison):
-        rows = zip(*([str(cell) for cell in column.cells] for column in table.columns), strict=True)
-        heads = [str(column.header) for column in table.columns]
-        dashes = ["---:" if column.justify == "right" else "---" for column in table.columns]
-        lines.append(f"## {table.title}")
-        lines.append("\n".join("| " + " | ".join(row) + " |" for row in (heads, dashes, *rows)))
+    lines += map(as_markdown, tables(comparison))
     return "\n\n".join(line for line in lines if line) + "\n"
+
+
+def as_markdown(table: Table) -> str:
+    """A rich table as Markdown, below its title."""
+    rows = zip(*([str(cell) for cell in column.cells] for column in table.columns), strict=True)
+    heads = [str(column.header) for column in table.columns]
+    dashes = ["---:" if column.justify == "right" else "---" for column in table.columns]
+    return f"## {table.title}\n\n" + "\n".join("| " + " | ".join(row) + " |" for row in (heads, dashes, *rows))
 
 
 def remarks(result: Evaluation) -> list[Text]:
@@ -78,16 +84,16 @@ def _gaps(gaps: tuple[GapClosed, ...], result: Evaluation) -> Table | None:
     return table
 
 
-def _positions(comparison: Comparison) -> Table:
+def positions_table(named: Mapping[str, Evaluation], softmax: Evaluation | None) -> Table:
     """Every model's losses, and below them how much higher they are than the softmax model's."""
     table = Table(title="nats per token by tokens before, mean of the domains, ± standard error over windows")
     table.add_column("model")
-    for name in by_position(comparison.result):
+    for name in by_position(next(iter(named.values()))):
         table.add_column(name, justify="right")
-    for name, evaluation in comparison.named.items():
+    for name, evaluation in named.items():
         table.add_row(name, *map(shown, by_position(evaluation).values()))
-    for name, evaluation in comparison.named.items():
-        higher = {} if comparison.softmax in (None, evaluation) else above(evaluation, comparison.softmax)
+    for name, evaluation in named.items():
+        higher = {} if softmax is None or evaluation is softmax else above(evaluation, softmax)
         if higher:
             table.add_row(f"{name}, above softmax", *(shown(mean, "+.3f") for mean in higher.values()))
     return table
