@@ -166,7 +166,8 @@ def test_inspect_without_a_model(tmp_path):
 
 
 def test_inspect_names_an_unsupported_model(tmp_path):
-    FalconConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=64).save_pretrained(tmp_path)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 64}
+    FalconConfig(**sizes, alibi=True).save_pretrained(tmp_path)
     error = run("inspect", "-m", str(tmp_path), "-r", "llama/lolcats", code=2).stderr
     assert "Falcon" in error
     assert len(error.splitlines()) == 1
