@@ -22,10 +22,10 @@ from transformers.models.auto.modeling_auto import (
 )
 
 import surgery
-from surgery.patchers.families import WRAPPERS
+from surgery.patchers.families import REFUSED, WRAPPERS
 from surgery.patchers.sites import find_family
 
-from .parity import Checker, Wrong
+from .parity import LENGTH, Checker, Wrong, logits, tokens
 from .tiny import tiny_model
 
 OUT = Path(__file__).resolve().parent.parent / "docs" / "models.md"
@@ -77,7 +77,8 @@ def read(path: Path) -> dict[str, Finding]:
 
 def model_types() -> dict[str, str]:
     """Class name by model type: all causal language models, and the multimodal ones that are known to hold one."""
-    wrappers = {name: MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(name, "") for name in WRAPPERS}
+    names = (*WRAPPERS, *REFUSED)
+    wrappers = {name: MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(name, "") for name in names}
     return {name: cls for name, cls in wrappers.items() if cls} | dict(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
@@ -89,6 +90,7 @@ def examine(model_type: str) -> Finding:
         weights = sum(p.numel() for p in model.parameters())
         if weights > LARGEST:
             return Finding(model_type, name, "unbuilt", reason=f"{weights:,} weights at the smallest sizes")
+        logits(model, tokens(1, LENGTH))
     except Exception as error:
         return Finding(model_type, name, "unbuilt", reason=_line(error))
     family = find_family(model.config)

@@ -17,9 +17,10 @@ from transformers import PreTrainedModel
 
 import surgery
 from surgery.cache import RecurrentLayer
-from surgery.patchers.sites import MODEL_TYPE_PREFIX, find_family
+from surgery.hub import auto_class
+from surgery.patchers.sites import find_family
 
-from .tiny import VOCAB, auto_class
+from .tiny import VOCAB
 
 WINDOW, LENGTH = 8, 40
 """Five windows long, and longer than the windows that tiny models have of their own."""
@@ -77,8 +78,8 @@ class Checker:
         with tempfile.TemporaryDirectory() as folder:
             whole = logits(model, ids)
             model.save_pretrained(folder)
-            auto = auto_class(model.config.model_type.removeprefix(MODEL_TYPE_PREFIX))
-            again = auto.from_pretrained(folder, dtype=model.dtype, experts_implementation="eager")
+            options = {"dtype": model.dtype, "experts_implementation": "eager"}
+            again = auto_class(model.config).from_pretrained(folder, **options)
             self._same("a saved and loaded model", logits(again.eval(), ids), whole)
         with surgery.mode(model, "teacher"):
             equal("teacher mode", logits(model, ids), before)

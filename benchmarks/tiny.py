@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from surgery.hub import auto_class
 
 VOCAB = 97
 LAYERS = 3
@@ -70,6 +71,8 @@ ENCODERS = (
     "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "xlm-roberta", "xlm-roberta-xl", "xmod",
 )  # fmt: skip
 """Families that are causal only when their config says `is_decoder`."""
+MROPE = ("qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text", "qwen3_vl_moe_text")
+"""Families that rotate by time, height and width, and say how many pairs each has."""
 DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers")
 DROPOUTS = ("dropout", "drop", "pdrop", "dropout_prob", "dropout_rate")
 
@@ -122,8 +125,8 @@ def _shrunk(config: PreTrainedConfig, model_type: str) -> dict[str, Any]:
             changes[name] = SMALL[name]
         elif name.endswith(DROPOUTS) and isinstance(value, float):
             changes[name] = 0.0
-        elif isinstance(value, dict) and "mrope_section" in value:
-            changes[name] = value | {"mrope_section": [2, 1, 1], "rope_type": "default"}
+        elif name == "rope_parameters" and value and model_type in MROPE:
+            changes[name] = value | {"mrope_section": [2, 1, 1]}
         elif name == "head_dim" and value is None:
             changes[name] = SMALL[name]
     if "qk_rope_head_dim" in given:
@@ -149,14 +152,9 @@ def _kept_layers(given: dict[str, Any], depth: int | None) -> list[int]:
     return sorted(kept + more[: max(0, LAYERS - len(kept))])
 
 
-def auto_class(model_type: str) -> Any:
-    """The Auto class that makes causal language models of this type."""
-    return AutoModelForCausalLM if model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else AutoModelForImageTextToText
-
-
 def tiny_model(model_type: str, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> PreTrainedModel:
     """A model of random weights, large enough that attention matters to the logits, in eval mode."""
     torch.manual_seed(seed)
     config = tiny_config(model_type, **changes)
-    model = auto_class(model_type).from_config(config, dtype=dtype, experts_implementation="eager")
+    model = auto_class(config).from_config(config, dtype=dtype, experts_implementation="eager")
     return model.eval()

@@ -111,12 +111,14 @@ def recipes(name: Annotated[str | None, typer.Argument(help="Show this one in fu
 @app.command()
 def inspect(
     model: ModelOption,
-    recipe: Annotated[str, typer.Option("--recipe", "-r", help="A shipped name or the path of a YAML file.")],
+    recipe: Annotated[
+        str, typer.Option("--recipe", "-r", help="A shipped name or the path of a YAML file.")
+    ] = "llama/lolcats",
     set_: SetOption = None,
     layers: Annotated[str | None, typer.Option(help="Layers to convert, as in 0,1,-1; all by default.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
-    """Show what a recipe would do to a model. Only its config is read: no weights are loaded or downloaded."""
+    """Say whether a model is supported, and what a recipe would do to it. Only its config is read or downloaded."""
     chosen = _read_recipe(recipe, set_)
     indices = _read_layers(layers)
     report = _inspect(model, chosen, indices)
@@ -135,14 +137,16 @@ def _read_layers(text: str | None) -> list[int] | None:
 
 def _inspect(name: str, recipe: Recipe, layers: list[int] | None) -> Any:
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     import surgery
+
+    from .hub import auto_class
 
     with loading("model", name):
         config = AutoConfig.from_pretrained(name)
     with torch.device("meta"):
-        return surgery.inspect(AutoModelForCausalLM.from_config(config), recipe, layers=layers)
+        return surgery.inspect(auto_class(config).from_config(config), recipe, layers=layers)
 
 
 @app.command()

@@ -228,7 +228,7 @@ def read_settings(config: Any) -> dict[str, Any]:
 def from_pretrained(
     name: str | os.PathLike, recipe: Any = None, *, layers: Any = None, **kwargs: Any
 ) -> PreTrainedModel:
-    """Load a checkpoint as a converted causal language model.
+    """Load a checkpoint as a converted language model, multimodal ones included.
 
     With `recipe`, a softmax checkpoint is converted while it is read: the model is built with its mixers from the start
     and filled from the file, so no second copy of the weights exists. Without, `name` must be a converted checkpoint.
@@ -237,21 +237,19 @@ def from_pretrained(
     Raises:
         RecipeError, UnsupportedModelError, SurgeryError: as `apply`; also a converted checkpoint with a recipe.
     """
-    from transformers import AutoModelForCausalLM
-
     from .operate import _plan, remember_base
 
     config = kwargs.pop("config", None) or AutoConfig.from_pretrained(name, **_hub_arguments(kwargs))
     if recipe is None:
         if not isinstance(config, SurgicalConfig):
             raise SurgeryError(f"{name} is not a converted checkpoint: say which recipe to convert it with")
-        return AutoModelForCausalLM.from_pretrained(name, config=config, **kwargs)
+        return auto_class(config).from_pretrained(name, config=config, **kwargs)
     if isinstance(config, SurgicalConfig):
         raise SurgeryError(f"{name} is already converted: load it without a recipe, or convert the original checkpoint")
-    if find_family(config) is None or type(config) not in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING:
+    if find_family(config) is None:
         raise SurgeryError(f"{name} ({config.model_type}) is not supported; {SEE}")
     with torch.device("meta"):
-        plan = _plan(AutoModelForCausalLM.from_config(config), recipe, layers)
+        plan = _plan(auto_class(config).from_config(config), recipe, layers)
     config.__class__ = config_class(type(config))
     config.surgery = {"format": FORMAT, "recipe": plan.recipe.to_dict(), "layers": list(plan.chosen)}
     cls = model_class(type(plan.model))
@@ -263,6 +261,12 @@ def from_pretrained(
             module.reset_parameters()
     remember_base(model)
     return model
+
+
+def auto_class(config: PreTrainedConfig) -> Any:
+    """The Auto class that makes language models of this config: of text alone where there is one, or multimodal."""
+    text = type(config) in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING
+    return modeling_auto.AutoModelForCausalLM if text else modeling_auto.AutoModelForImageTextToText
 
 
 def _hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:

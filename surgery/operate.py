@@ -305,7 +305,8 @@ def _report(plan: _Plan, mixers: dict[int, Mixer]) -> Report:
                 break_even=None if mixer is None else -(-state // per_token),
             )
         )
-    return Report(hub.original_name(plan.model), tuple(rows))
+    family = plan.sites[0].family
+    return Report(hub.original_name(plan.model), tuple(rows), family.attention, family.lacks)
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ from transformers import (
     DiffLlamaConfig,
     DynamicCache,
     FalconConfig,
+    GPTNeoConfig,
     MambaConfig,
     MptConfig,
     PreTrainedModel,
@@ -217,20 +218,29 @@ def test_recipe_with_three_mistakes():
 SMALL = dict(vocab_size=zoo.VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
 SPECIAL = dict(bos_token_id=1, eos_token_id=2)
 BY_ITSELF = "it computes attention by itself instead of through transformers' AttentionInterface"
+ALIBI = "all it knows of positions is a bias on softmax scores (ALiBi), which mixers do not have"
+GLOBAL = [[["global"], 2]]
 SEE = "docs/models.md lists the models that are supported"
 
 
 @pytest.mark.parametrize(
     ("config", "sentence"),
     [
-        (FalconConfig(**SMALL, **SPECIAL), f"FalconForCausalLM (falcon) cannot be converted: {BY_ITSELF}; {SEE}"),
+        (
+            FalconConfig(**SMALL, **SPECIAL, alibi=True),
+            f"FalconForCausalLM (falcon) cannot be converted: {ALIBI}; {SEE}",
+        ),
         (
             BloomConfig(vocab_size=zoo.VOCAB, hidden_size=32, n_layer=2, n_head=4),
-            f"BloomForCausalLM (bloom) cannot be converted: {BY_ITSELF}; {SEE}",
+            f"BloomForCausalLM (bloom) cannot be converted: {ALIBI}; {SEE}",
         ),
         (
             MptConfig(vocab_size=zoo.VOCAB, d_model=32, n_layers=2, n_heads=4, max_seq_len=64),
-            f"MptForCausalLM (mpt) cannot be converted: {BY_ITSELF}; {SEE}",
+            f"MptForCausalLM (mpt) cannot be converted: {ALIBI}; {SEE}",
+        ),
+        (
+            GPTNeoConfig(vocab_size=zoo.VOCAB, hidden_size=32, num_layers=2, num_heads=4, attention_types=GLOBAL),
+            f"GPTNeoForCausalLM (gpt_neo) cannot be converted: {BY_ITSELF}; {SEE}",
         ),
         (
             DiffLlamaConfig(**SMALL, intermediate_size=48, num_key_value_heads=4),

@@ -7,10 +7,12 @@ for all of them, see `interface.py`. A new family is one line in `FAMILIES`; `py
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
+
+from . import falcon
 
 Read = Callable[[Tensor, Any], Tensor]
 """Takes the output [B, T, C] of a projection, and the attention module, to the flat raw queries or keys in it."""
@@ -23,6 +25,7 @@ class Family:
     attention: class name. q, k, v, o: its projections, the same name several times where they are fused; o is None
     where it lies outside of the attention module. raw_q, raw_k: take queries and keys out of what q and k put out; by
     default they put out nothing else. lacks: what its softmax layers have and a conversion leaves out.
+    forward: (module, attend, *args, **kwargs), in place of one that does not go through the interface.
     """
 
     attention: str
@@ -33,6 +36,7 @@ class Family:
     raw_q: Read | None = None
     raw_k: Read | None = None
     lacks: str = ""
+    forward: Callable | None = None
 
     @classmethod
     def fused(cls, attention: str, qkv: str, raw_q: Read, raw_k: Read, o: str = "o_proj", lacks: str = "") -> Family:
@@ -59,7 +63,7 @@ def size(module: Any, config: Any) -> tuple[int, int, int]:
         return keys // dim * groups, keys // dim, dim
     if groups:
         return heads, heads // groups, dim
-    return heads, _first(config, "num_key_value_heads") or heads, dim
+    return heads, _first(module, "num_kv_heads") or _first(config, "num_key_value_heads") or heads, dim
 
 
 def _first(holder: Any, *names: str) -> Any:
@@ -231,6 +235,11 @@ FAMILIES: dict[str, Family] = {
     "persimmon": _neox("PersimmonAttention"),
     "phi3": Family.fused("Phi3Attention", "qkv_proj", _grouped_queries, _grouped_keys),
     "phi4_multimodal": Family.fused("Phi4MultimodalAttention", "qkv_proj", _grouped_queries, _grouped_keys),
+    # not through the interface
+    "falcon": replace(
+        Family.fused("FalconAttention", "query_key_value", falcon.queries, falcon.keys, o="dense"),
+        forward=falcon.forward,
+    ),
     # a gate beside each head's queries
     "qwen3_5_moe_text": Family("Qwen3_5MoeAttention", raw_q=_part_per_head(0, 2)),
     "qwen3_5_text": Family("Qwen3_5Attention", raw_q=_part_per_head(0, 2)),
@@ -270,12 +279,13 @@ FAMILIES: dict[str, Family] = {
 """Families that are converted and tested, by `config.model_type`."""
 
 WRAPPERS: tuple[str, ...] = (
-    "fuyu", "gemma3", "gemma4", "gemma4_unified", "got_ocr2", "llama4", "llava", "llava_next", "mistral3",
-    "moss_transcribe_diarize", "paligemma", "qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_5_moe", "qwen3_vl",
+    "fuyu", "gemma3", "gemma4", "got_ocr2", "llama4", "llava", "llava_next", "mistral3",
+    "moss_transcribe_diarize", "qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_5_moe", "qwen3_vl",
     "qwen3_vl_moe", "gemma3n", "minimax_m3_vl", "internvl",
 )  # fmt: skip
 """Multimodal models, of which the text model is converted when its type is one of `FAMILIES`."""
 
+ALIBI = "all it knows of positions is a bias on softmax scores (ALiBi), which mixers do not have"
 _INDEXER = "an indexer chooses the keys of each query, and keeps keys of its own in the cache"
 _BIAS = "its scores have a learned term for the distance of query and key"
 _SHARED = "its layers are run several times in one forward"
@@ -283,6 +293,7 @@ _UNSAVED = "its class belongs to the config of another family, so that a saved c
 REFUSED: dict[str, str] = {
     "axk2": _INDEXER,
     "bigbird_pegasus": "its attention does not say that it is causal",
+    "bloom": ALIBI,
     "blt": "its layers attend to bytes and to patches of bytes",
     "deepseek_v32": _INDEXER,
     "deepseek_v4": _INDEXER,
@@ -296,6 +307,7 @@ REFUSED: dict[str, str] = {
     "falcon_h1": "attention and a state-space model share one layer of the cache",
     "gemma4_assistant": "it attends to keys and values of another model",
     "gemma4_unified_assistant": "it attends to keys and values of another model",
+    "gemma4_unified": "its masks let tokens of one image see each other",
     "glm_moe_dsa": _INDEXER,
     "hrm_text": _SHARED,
     "hy_v4": _INDEXER,
@@ -305,6 +317,8 @@ REFUSED: dict[str, str] = {
     "internlm3": _UNSAVED,
     "iquestcoder": _UNSAVED,
     "jetmoe": "its queries come from experts",
+    "mpt": ALIBI,
+    "paligemma": "its prefix is attended to in both directions",
     "qwen4_exp": _INDEXER,
     "qwen4_exp_text": _INDEXER,
     "mllama": "some of its layers attend to images alone",

@@ -120,6 +120,9 @@ class Surgical:
             position_ids=kwargs.get("position_ids"),
             cu_seqlens=kwargs.get("cu_seq_lens_q"),
         )
+        if self.surgery_family.forward is not None:
+            attend = functools.partial(surgery_attention, surgery=call)
+            return self.surgery_family.forward(self, attend, *args, **kwargs)
         return super().forward(*args, surgery=call, **kwargs)
 
     def _surgery_hook(self) -> None:
@@ -251,10 +254,15 @@ def surgery_attention(
 def _transfer(module: nn.Module, inputs: tuple, scaling: float, kwargs: dict, chunk: Chunk) -> tuple[Tensor, None]:
     """Pass the teacher's output on; record how far the student is from it, on the same q, k and v."""
     switch: Switch = module.surgery_switch
-    eager = sys.modules[original_class(type(module)).__module__].eager_attention_forward
+    source = sys.modules[original_class(type(module)).__module__]
+    eager = getattr(source, "eager_attention_forward", ALL_ATTENTION_FUNCTIONS["sdpa"])
     attention = ALL_ATTENTION_FUNCTIONS.get_interface(switch.implementation, eager)
+    query, key, value, mask = inputs
+    if not hasattr(module, "num_key_value_groups"):
+        # what attention functions ask, to share keys and values among heads
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
     with torch.no_grad():
-        teacher = attention(module, *inputs, scaling=scaling, **kwargs)[0].detach()
+        teacher = attention(module, query, key, value, mask, scaling=scaling, **kwargs)[0].detach()
     chunk = Chunk(chunk.mixer, chunk.context.map(lambda tensor: tensor.detach()), chunk.real)
     student = chunk.run(None, return_state=False)[0][..., : teacher.shape[-1]]
     loss = switch.transfer_loss(*_select(student, teacher, chunk.real))

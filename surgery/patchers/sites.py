@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from inspect import unwrap
 from typing import Any
 
 from torch import nn
@@ -10,11 +11,12 @@ from transformers import PreTrainedModel
 
 from ..errors import UnsupportedModelError
 from ..mixers.base import AttentionShape
-from .families import FAMILIES, REFUSED, WRAPPERS, Family, size
+from .families import ALIBI, FAMILIES, REFUSED, WRAPPERS, Family, size
 from .interface import IMPLEMENTATION, Site, Surgical, converted_layers, original_class
 
 MODEL_TYPE_PREFIX = "surgery_"
 SEE = "docs/models.md lists the models that are supported"
+BY_ITSELF = "computes attention by itself instead of through transformers' AttentionInterface"
 PARALLEL = ("DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine", "DataParallel")
 
 
@@ -96,7 +98,7 @@ def find_sites(model: PreTrainedModel) -> list[Site]:
             "that holds the decoder layers"
         )
     layers = len(modules)
-    return [Site(path, module, family, _shape(path, module, config, layers)) for path, module in modules]
+    return [Site(path, module, family, _shape(path, module, family, config, layers)) for path, module in modules]
 
 
 def has_softmax(model: PreTrainedModel) -> bool:
@@ -123,7 +125,7 @@ def projections(model: PreTrainedModel, roles: Iterable[str]) -> list[str]:
 def _family(model: PreTrainedModel) -> Family:
     model_type = base_model_type(model.config)
     family = find_family(model.config)
-    if family is not None:
+    if family is not None and not getattr(model.config, "alibi", False):
         return family
     raise UnsupportedModelError(f"{type(model).__name__} ({model_type}) cannot be converted: {_reason(model)}; {SEE}")
 
@@ -132,10 +134,12 @@ def _reason(model: PreTrainedModel) -> str:
     for model_type in (base_model_type(model.config), text_model_type(model.config)):
         if model_type in REFUSED:
             return REFUSED[model_type]
+    if getattr(model.config, "alibi", False):
+        return ALIBI
     if not any("attention" in type(module).__name__.lower() for module in model.modules()):
         return "it has no attention"
     if not getattr(model, "_supports_attention_backend", False):
-        return "it computes attention by itself instead of through transformers' AttentionInterface"
+        return f"it {BY_ITSELF}"
     return "its family is not known yet"
 
 
@@ -143,13 +147,16 @@ def _is_causal(module: nn.Module) -> bool:
     return getattr(module, "is_causal", True) and not getattr(module, "is_cross_attention", False)
 
 
-def _shape(path: str, module: Any, config: Any, layers: int) -> AttentionShape:
+def _shape(path: str, module: Any, family: Family, config: Any, layers: int) -> AttentionShape:
     if not _is_causal(module):
         raise UnsupportedModelError(f"{path} is not causal self-attention, and only that is supported for this family")
     if getattr(module, "layer_idx", None) is None:
         raise UnsupportedModelError(
             f"{path} has no layer_idx, which caches need: build the model from its config class"
         )
+    # older versions of transformers may not have moved a family to the interface yet
+    if family.forward is None and "ALL_ATTENTION_FUNCTIONS" not in unwrap(type(module).forward).__code__.co_names:
+        raise UnsupportedModelError(f"{path} {BY_ITSELF}: upgrade transformers")
     if getattr(module, "is_kv_shared_layer", False):
         raise UnsupportedModelError(f"{path} attends to keys and values of an earlier layer, which needs them all")
     if "forward" in module.__dict__ and not hasattr(module, "_hf_hook"):
