@@ -19,10 +19,14 @@ from torch import Tensor
 from .result import Recall, mean
 
 PAIRS = (4, 16, 64, 256)
+WORDS = 1024
+"""Tokens that sequences are made of at most: frequent ones, which a model knows well enough to say."""
 CUE, FACT = 4, 4
 """Tokens of a needle that are there to be recognised, and that follow and are asked for."""
 BEFORE = 16
 """Tokens of text before a needle."""
+SPACES = ("Ġ", "▁")
+"""How tokenizers write the space in front of a word."""
 Scores = Callable[[str, Tensor], tuple[Tensor, Tensor]]
 """What is being done and ids [n, T] -> losses and whether the token is the likeliest, both [n, T - 1]."""
 
@@ -39,15 +43,16 @@ class Sequences:
 
 
 def known_words(corpora: Mapping[str, np.ndarray], special: set[int | None], tokenizer: Any = None) -> Tensor:
-    """[W] tokens to make sequences of: all in the corpora that are not special; with a tokenizer, those that are whole
-    words, unless there are fewer than a few hundred."""
-    seen = np.unique(np.concatenate([np.unique(tokens) for tokens in corpora.values()])).astype(np.int64)
-    kept = [token for token in seen.tolist() if token not in special]
+    """[W] tokens to make sequences of: the `WORDS` most frequent of the corpora that are not special; with a tokenizer,
+    of those that are whole words, unless there are fewer than a few hundred."""
+    counts = np.bincount(np.concatenate([np.asarray(tokens, np.int64).ravel() for tokens in corpora.values()]))
+    often = np.argsort(-counts, kind="stable")[: np.count_nonzero(counts)]
+    kept = [token for token in often.tolist() if token not in special]
     if tokenizer is not None:
-        texts = [tokenizer.decode([token]) for token in kept]
-        words = [t for t, text in zip(kept, texts, strict=True) if text[:1] == " " and text[1:].isalpha() and text[2:]]
+        pieces = zip(kept, tokenizer.convert_ids_to_tokens(kept), strict=True)
+        words = [token for token, piece in pieces if piece[:1] in SPACES and piece[2:] and _is_word(piece[1:])]
         kept = words if len(words) >= 2 * max(PAIRS) else kept
-    return torch.tensor(kept, dtype=torch.int64)
+    return torch.tensor(sorted(kept[:WORDS]), dtype=torch.int64)
 
 
 def pair_sequences(words: Tensor, length: int, rows: int, start: int | None, seed: int = 0) -> Iterator[Sequences]:
@@ -98,6 +103,10 @@ def measure_recall(sequences: Sequences, scores: Scores) -> Recall:
         second=mean(nll.gather(1, sequences.second - 1).mean(1)),
         accuracy=mean(right.double().gather(1, sequences.second - 1).mean(1)),
     )
+
+
+def _is_word(text: str) -> bool:
+    return text.isascii() and text.isalpha()
 
 
 def _front(start: int | None, rows: int) -> list[Tensor]:

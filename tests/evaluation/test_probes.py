@@ -82,14 +82,16 @@ def test_sequences_follow_the_seed():
 
 def test_words_are_those_of_the_text():
     class Tokenizer:
-        def decode(self, ids):
-            return f" {'w' * (ids[0] % 7)}" if ids[0] % 2 else "ab"
+        def convert_ids_to_tokens(self, ids):
+            return [f"{'Ġ▁'[i % 2]}{'w' * (i % 7)}" if i % 3 else "ab" for i in ids]
 
     corpora = {"a": np.array([5, 9, 9, 2]), "b": np.array([7, 5])}
     assert known_words(corpora, {2, None}).tolist() == [5, 7, 9]
     assert known_words(corpora, {2}, Tokenizer()).tolist() == [5, 7, 9]  # too few are words
-    found = known_words({"a": np.arange(3000)}, {2}, Tokenizer())
-    assert len(found) >= 512 and all(token % 2 and token % 7 > 1 for token in found.tolist())
+    twice = np.arange(2000, 4000)
+    found = known_words({"a": np.arange(4000), "b": twice}, {2}, Tokenizer())
+    assert set(twice[(twice % 3 > 0) & (twice % 7 > 1)].tolist()) < set(found.tolist())
+    assert len(found) == 1024 and all(token % 3 and token % 7 > 1 for token in found.tolist())
 
 
 @torch.no_grad()
