@@ -32,7 +32,7 @@ POINTERS = {"gate_ptr": "*fp32", "document_ptr": "*i32", "states_ptr": "*bf16"}
 SINGLE = ("S_ptr", "z_ptr", "mass_ptr", "S_after_ptr", "z_after_ptr", "excess_ptr", "factor_ptr", "dgate_ptr", "zs_ptr")
 SINGLE += ("dS_after_ptr", "dz_after_ptr", "dS_ptr", "dz_ptr", "dzs_ptr", "near_ptr", "inverse_ptr")
 SCALARS = {"scale": "fp32", "eps": "fp32"}
-SCALARS |= dict.fromkeys(("T", "stride_a", "stride_x", "span"), "i32")
+SCALARS |= dict.fromkeys(("T", "stride_a", "stride_x"), "i32")
 CHANNEL = 3
 """A gate per channel, among the kinds that --gate takes."""
 
@@ -76,18 +76,22 @@ def channel_variants(features: int, columns: int, groups: int, normalize: bool) 
     heads = {"q": 8 * groups, "k": 8, "v": 8}
     sizes = {n: (1, 64, h, columns if n == "v" else features) for n, h in heads.items()}
     q, k, v = (torch.empty(size, dtype=torch.bfloat16, device="meta") for size in sizes.values())
-    call = Call(q, k, v, torch.empty(1, 64, dtype=torch.int32, device="meta"), normalize)
-    forward = {"CARRIED": True, "STATES": True, "REST": normalize}
+    call = Call(q, k, v, k, torch.empty(1, 64, dtype=torch.int32, device="meta"), normalize)
+    forward = {"CARRIED": True, "STATES": True, "REST": normalize, "MAKE": False}
+    fused = {"CARRIED": True, "STATES": False, "REST": False, "MAKE": True, "DOCUMENTS": False}
     backward = {"DS_AFTER": True, "DZ_AFTER": normalize, "DS": True, "DZ": normalize, "GATE": True}
     for name, kernel, row, more in (
         ("made", channel_sweeps.prepare, channel_configs.PREPARE, {}),
         ("y", channel_sweeps.output_sweep, channel_configs.SWEEP, forward),
+        ("fused y", channel_sweeps.output_sweep, channel_configs.SWEEP, fused),
         ("dv", channel_sweeps.value_sweep, channel_configs.SWEEP, backward),
         ("dqk", channel_gradients.key_query_gradients, channel_configs.GRADIENTS, backward),
         ("far y", channel_far.far_outputs, channel_configs.FAR, forward),
         ("far dqk", channel_far.far_key_query_gradients, channel_configs.GRADIENTS, backward),
         ("far dv", channel_far.far_value_gradients, channel_configs.FAR, {}),
     ):
+        if more is fused and (groups > 1 or normalize):
+            continue
         told = call.told(kernel, call.tile(row), INTERPRET=False, **more)
         options = {n: told.pop(n) for n in ("num_warps", "num_stages")}
         yield Variant(name, kernel, told, options)
@@ -104,6 +108,8 @@ def compiled(variant: Variant, arch: int, dtype: str) -> Any:
             signature[name] = SCALARS[name]
         else:
             signature[name] = POINTERS.get(name, "*fp32" if name in SINGLE else f"*{dtype}")
+            if name == "gate_ptr" and variant.constants.get("MAKE"):
+                signature[name] = f"*{dtype}"
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(variant.kernel, signature, variant.constants, attributes)
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=variant.options)

@@ -187,6 +187,16 @@ def test_sixteen_bits(dtype):
     assert difference(found, [x.grad for x in wide.values()]) < 2e-2
 
 
+@pytest.mark.parametrize("half_life", [3.0, 0.1], ids=["near", "far"])
+def test_without_gradients(half_life):
+    """One sweep does all then."""
+    tensors = draw(70, heads=(2, 2, 1), half_life=half_life)
+    with torch.no_grad():
+        found = channel_attention(**tensors, scale=0.7)
+    wide = {name: x.double() for name, x in tensors.items()}
+    assert difference(found, exact(**wide, scale=0.7)) < 1e-5
+
+
 def test_only_what_is_asked_for_has_a_gradient():
     """Of gates or not, and from the final z alone."""
     tensors = draw(20, True, (1, 1, 1), carried=False)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .channel_tiles import exponents, load_gates, load_line, query_terms, store_line
+from .channel_tiles import exponents, load_gates, load_line, one_cut, query_terms, store_line
 from .tiles import decays, load_columns, load_rows, load_state, rest, store_each, store_rows, store_state
 
 
@@ -30,12 +30,13 @@ def prepare(
     row, live = b * T + n * C, T - n * C
     at = (b * H_S + head) * tl.num_programs(0) + n
     gates = load_gates(gate_ptr, row, live, head, 0, H_S, F_WIDTH, C, F, EXACT)
-    near = tl.where(tl.min(tl.sum(gates, 0), 0) >= -2.0 * REACH, 1.0, 0.0)
+    # loaded before gates are summed, for more bytes on their way
+    k = load_rows(k_ptr, row, live, head, 0, H_S, F_WIDTH, C, F, INTERPRET)
+    near = one_cut(gates, REACH)
     read, written, cut, left = exponents(gates, near, EXACT)
     tl.store(near_ptr + at, near)
     store_line(factor_ptr, tl.exp2(cut), at * 2, 0, F_WIDTH, F)
     store_line(factor_ptr, tl.exp2(left - cut), at * 2 + 1, 0, F_WIDTH, F)
-    k = load_rows(k_ptr, row, live, head, 0, H_S, F_WIDTH, C, F, INTERPRET)
     store_rows(k_out_ptr, k.to(tl.float32) * tl.exp2(written), row, live, head, 0, H_S, F_WIDTH, C, F)
     read = tl.exp2(read) * scale
     for g in range(H // H_S):
@@ -44,15 +45,15 @@ def prepare(
         store_rows(q_out_ptr, q.to(tl.float32) * read, row, live, query, 0, H, F_WIDTH, C, F)
 
 
-@triton.jit(do_not_specialize=["T", "eps"])
+@triton.jit(do_not_specialize=["T", "scale", "eps"])
 def output_sweep(
-    q_ptr, k_ptr, v_ptr, factor_ptr, near_ptr, document_ptr, S_ptr, z_ptr, y_ptr, rest_ptr, mass_ptr, states_ptr,
-    zs_ptr, S_after_ptr, z_after_ptr,
-    T, eps,
+    q_ptr, k_ptr, v_ptr, gate_ptr, factor_ptr, near_ptr, document_ptr, S_ptr, z_ptr, y_ptr, rest_ptr, mass_ptr,
+    states_ptr, zs_ptr, S_after_ptr, z_after_ptr,
+    T, scale, eps,
     H: tl.constexpr, H_S: tl.constexpr, H_KV: tl.constexpr, F_WIDTH: tl.constexpr, D_WIDTH: tl.constexpr,
     C: tl.constexpr, F: tl.constexpr, D: tl.constexpr, DOCUMENTS: tl.constexpr, NORMALIZE: tl.constexpr,
     CARRIED: tl.constexpr, STATES: tl.constexpr, REST: tl.constexpr, PRECISION: tl.constexpr,
-    INTERPRET: tl.constexpr,
+    MAKE: tl.constexpr, REACH: tl.constexpr, EXACT: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """y, the state after the last token and, if NORMALIZE, the denominators; D columns of v per program.
 
@@ -72,10 +73,21 @@ def output_sweep(
             z = load_line(z_ptr, own, 0, F_WIDTH, F)
     for n in range(chunks):
         row, live, at = b * T + n * C, T - n * C, own * chunks + n
-        k = load_columns(k_ptr, row, live, head, H_S, F_WIDTH, C, F, INTERPRET)
+        if MAKE:
+            gates = load_gates(gate_ptr, row, live, head, 0, H_S, F_WIDTH, C, F, EXACT)
+            near = one_cut(gates, REACH)
+            read, written, cut, left = exponents(gates, near, EXACT)
+            before, after = tl.exp2(cut), tl.exp2(left - cut)
+            k = load_rows(k_ptr, row, live, head, 0, H_S, F_WIDTH, C, F, INTERPRET)
+            k = tl.trans((k.to(tl.float32) * tl.exp2(written)).to(operand))
+            if first == 0:
+                tl.store(near_ptr + at, near)
+        else:
+            k = load_columns(k_ptr, row, live, head, H_S, F_WIDTH, C, F, INTERPRET)
+            near = tl.load(near_ptr + at)
+            before = load_line(factor_ptr, at * 2, 0, F_WIDTH, F)
+            after = load_line(factor_ptr, at * 2 + 1, 0, F_WIDTH, F)
         v = load_rows(v_ptr, row, live, head // (H_S // H_KV), first, H_KV, D_WIDTH, C, D, INTERPRET)
-        before = load_line(factor_ptr, at * 2, 0, F_WIDTH, F)
-        near = tl.load(near_ptr + at)
         since, until, total, pairs = decays(near_ptr, document_ptr, row, live, n * C, head, H_S, C, 0, DOCUMENTS, False)
         grown *= before
         S *= grown[:, None]
@@ -87,6 +99,8 @@ def output_sweep(
         for g in range(H // H_S):
             query = head * (H // H_S) + g
             q = load_rows(q_ptr, row, live, query, 0, H, F_WIDTH, C, F, INTERPRET)
+            if MAKE:
+                q = (q.to(tl.float32) * (tl.exp2(read) * scale)).to(operand)
             # of later keys, products may be infinite
             weights = tl.where(pairs * near > 0.0, tl.dot(q, k, input_precision=PRECISION), 0.0)
             y = tl.dot(q, S.to(operand), input_precision=PRECISION)
@@ -106,7 +120,7 @@ def output_sweep(
             if REST:
                 store_rows(rest_ptr, rest(y, y_ptr.dtype.element_ty), row, live, query, first, H, D_WIDTH, C, D)
         kept = v.to(tl.float32) * until[:, None]
-        stays = load_line(factor_ptr, at * 2 + 1, 0, F_WIDTH, F) * total
+        stays = after * total
         S = tl.dot(k, kept.to(operand), S * stays[:, None], input_precision=PRECISION)
         if NORMALIZE:
             z = z * stays + tl.sum(k.to(tl.float32) * until[None, :], 1)
