@@ -43,7 +43,7 @@ class Variant(NamedTuple):
     sweep: str
     kernel: Any
     constants: dict[str, Any]
-    options: dict[str, int]
+    options: dict[str, Any]
 
 
 def variants(features: int, columns: int, groups: int, gate: int, normalize: bool) -> Iterator[Variant]:
@@ -93,7 +93,7 @@ def channel_variants(features: int, columns: int, groups: int, normalize: bool) 
         if more is fused and (groups > 1 or normalize):
             continue
         told = call.told(kernel, call.tile(row), INTERPRET=False, **more)
-        options = {n: told.pop(n) for n in ("num_warps", "num_stages")}
+        options = {n: told.pop(n) for n in ("num_warps", "num_stages", "maxnreg")}
         yield Variant(name, kernel, told, options)
 
 

@@ -88,7 +88,7 @@ class Call(NamedTuple):
             "INTERPRET": INTERPRET,
             **more,
         }
-        options = {"num_warps": tile.warps, "num_stages": tile.stages}
+        options = {"num_warps": tile.warps, "num_stages": tile.stages, "maxnreg": tile.registers}
         return {name: x for name, x in known.items() if name in kernel.arg_names} | options
 
     def made(self) -> tuple[Tensor, ...]:
