@@ -86,7 +86,7 @@ def far_outputs(
                 if REST:
                     y += load_rows(rest_ptr, row, live, query, d, H, D_WIDTH, C, D, INTERPRET).to(tl.float32)
                 y = tl.dot(scores.to(operand), v, y * known[:, None], input_precision=PRECISION)
-                if REST:
+                if not EXACT:
                     y = tl.dot(rest(scores, operand), v, y, input_precision=PRECISION)
                 y *= inverse[:, None]
                 store_rows(y_ptr, y, row, live, query, d, H, D_WIDTH, C, D)
@@ -186,4 +186,6 @@ def far_value_gradients(
                 scores *= pairs * (inverse * scale)[None, :]
                 dy = load_rows(dy_ptr, row, live, query, first, H, D_WIDTH, C, D, INTERPRET)
                 dv = tl.dot(scores.to(operand), dy, dv, input_precision=PRECISION)
+                if not EXACT:
+                    dv = tl.dot(rest(scores, operand), dy, dv, input_precision=PRECISION)
             store_rows(dv_ptr, dv, row, live, head, first, H_S, D_WIDTH, C, D)

@@ -4,6 +4,9 @@
 that is left of them are two factors per channel of the state, which one sweep over the chunks of a row keeps in
 registers. A program is one slice of columns of one head of the state of one row; see `sweeps`.
 
+Queries and keys are rounded once more than without gates. For errors no larger than twice those of rounding the output,
+what rounding takes from the weights of pairs is added.
+
 Both sweeps can store the state that each chunk reads, rounded as it is multiplied: with these, `channel_gradients`
 takes all chunks side by side. Pairs of chunks that decay too far to be cut once are left to `channel_far`.
 """
@@ -108,7 +111,7 @@ def output_sweep(
                 y = tl.dot(q, rest(S, operand), y, input_precision=PRECISION)
             y *= since[:, None]
             y = tl.dot(weights.to(operand), v, y, input_precision=PRECISION)
-            if REST:
+            if not EXACT:
                 y = tl.dot(rest(weights, operand), v, y, input_precision=PRECISION)
             if NORMALIZE:
                 mass = tl.sum(weights, 1) + since * tl.sum(q.to(tl.float32) * z[None, :], 1) + eps
@@ -138,7 +141,8 @@ def value_sweep(
     T,
     H: tl.constexpr, H_S: tl.constexpr, F_WIDTH: tl.constexpr, D_WIDTH: tl.constexpr, C: tl.constexpr,
     F: tl.constexpr, D: tl.constexpr, DOCUMENTS: tl.constexpr, NORMALIZE: tl.constexpr, DS_AFTER: tl.constexpr,
-    DZ_AFTER: tl.constexpr, DS: tl.constexpr, DZ: tl.constexpr, PRECISION: tl.constexpr, INTERPRET: tl.constexpr,
+    DZ_AFTER: tl.constexpr, DS: tl.constexpr, DZ: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
+    INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """dv backward in time, without the pairs of far chunks, and each gradient of a state as keys are multiplied by it;
     D columns per program."""
@@ -183,9 +187,10 @@ def value_sweep(
             if NORMALIZE:
                 dz -= tl.sum(q.to(tl.float32) * (since * inverse * excess)[None, :], 1)
             dv = tl.dot(scores.to(operand), dy, dv, input_precision=PRECISION)
+            if not EXACT:
+                dv = tl.dot(rest(scores, operand), dy, dv, input_precision=PRECISION)
             dS = tl.dot(q, kept.to(operand), dS, input_precision=PRECISION)
             if NORMALIZE:
-                dv = tl.dot(rest(scores, operand), dy, dv, input_precision=PRECISION)
                 dS = tl.dot(q, rest(kept, operand), dS, input_precision=PRECISION)
         store_rows(dv_ptr, dv, row, live, head, first, H_S, D_WIDTH, C, D)
         grown = before
