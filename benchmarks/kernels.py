@@ -86,9 +86,11 @@ def hybrid_inputs(s: Shape, dtype: torch.dtype) -> Inputs:
 
 def decayed(backend: str, normalize: bool = False) -> Function:
     def run(q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None = None) -> Tensor:
-        if backend == "triton" and (gate is None or gate.ndim < 4):
-            from surgery.kernels.triton import decay_attention
+        if backend == "triton":
+            from surgery.kernels.triton import channel_attention, decay_attention
 
+            if gate is not None and gate.ndim == 4:
+                return channel_attention(q, k, v, log_gate=gate, normalize=normalize)[0]
             return decay_attention(q, k, v, log_decay=gate, normalize=normalize)[0]
         if gate is None:
             gate = torch.zeros(k.shape[:3], device=k.device, dtype=q.dtype)

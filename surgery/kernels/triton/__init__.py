@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -125,19 +126,20 @@ def _attention(
             "The backend 'triton' needs tensors on a GPU, or TRITON_INTERPRET=1 before triton is imported."
         )
     q, k, v = real(lengths, q, k, v)
-    phi_q, phi_k = maps.apply(features_q, q), maps.apply(features_k, k)
+    phi_q, phi_k = _features(features_q, q, q.dtype), _features(features_k, k, q.dtype)
     if phi_k.shape[-1] > WIDEST:
         return None
     # padding leaves the state as it is
     (phi_k,) = real(lengths, phi_k)
     if gate is not None:
-        gate = gate.repeat_interleave(phi_k.shape[2] // gate.shape[2], 2)
+        if gate.shape[2] < phi_k.shape[2]:
+            gate = gate.repeat_interleave(phi_k.shape[2] // gate.shape[2], 2)
         (gate,) = real(lengths, gate)
     documents = None
     if segments is not None:
         (opens,) = real(lengths, functional.pad(segments[:, 1:] != segments[:, :-1], (1, 0)))
         documents = opens.cumsum(1)
-    tensors = phi_q.to(q.dtype), phi_k.to(q.dtype), v.to(q.dtype)
+    tensors = phi_q, phi_k, v.to(q.dtype)
     options: dict[str, Any] = {
         "scale": scale,
         "normalize": normalize,
@@ -153,3 +155,10 @@ def _attention(
     if not return_state:
         return y, None
     return y, {"S": S} if z is None else {"S": S, "z": z}
+
+
+def _features(features: Features, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """φ(x), rounded; x itself, not by way of fp32, where there is nothing to do."""
+    if features.name == "identity" and all(option is None for option in features[1:]):
+        return x.to(dtype)
+    return maps.apply(features, x).to(dtype)

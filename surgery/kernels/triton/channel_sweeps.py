@@ -1,8 +1,9 @@
 """Kernels of linear attention with a gate per channel: the forward pass, and the same backward in time.
 
-`prepare` multiplies queries and keys by their factors, once. Then a chunk is one of attention without gates, and all
-that is left of them are two factors per channel of the state, which one sweep over the chunks of a row keeps in
-registers. A program is one slice of columns of one head of the state of one row; see `sweeps`.
+`prepare` multiplies queries and keys by their factors, once; a forward pass alone does so in its sweep. Then a chunk is
+one of attention without gates, and all that is left of them are two factors per channel of the state, which one sweep
+over the chunks of a row keeps in registers. A program is one slice of columns of one head of the state of one row; see
+`sweeps`.
 
 Queries and keys are rounded once more than without gates. For errors no larger than twice those of rounding the output,
 what rounding takes from the weights of pairs is added.
@@ -60,8 +61,9 @@ def output_sweep(
 ):  # fmt: skip
     """y, the state after the last token and, if NORMALIZE, the denominators; D columns of v per program.
 
-    Of far chunks, y and the denominators hold only what is read of the state. STATES: also each state as it is
-    read. REST: also what rounding takes from y, so that no gradient is made of a rounded one. Operands are not, either.
+    Of far chunks, y and the denominators hold only what is read of the state. MAKE: q and k are not prepared
+    yet. STATES: also each state as it is read. REST: also what rounding takes from y, so that no gradient is made of a
+    rounded one. Operands are not, either.
     """
     first, head, b = tl.program_id(0) * D, tl.program_id(1), tl.program_id(2).to(tl.int64)
     own = b * H_S + head
