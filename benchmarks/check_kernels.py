@@ -68,7 +68,7 @@ class Variant(NamedTuple):
     sweep: str
     kernel: Any
     constants: dict[str, Any]
-    options: dict[str, int]
+    options: dict[str, Any]
 
 
 def variants(features: int, columns: int, groups: int, gate: int, normalize: bool) -> Iterator[Variant]:
@@ -101,20 +101,24 @@ def channel_variants(features: int, columns: int, groups: int, normalize: bool) 
     heads = {"q": 8 * groups, "k": 8, "v": 8}
     sizes = {n: (1, 64, h, columns if n == "v" else features) for n, h in heads.items()}
     q, k, v = (torch.empty(size, dtype=torch.bfloat16, device="meta") for size in sizes.values())
-    call = Call(q, k, v, torch.empty(1, 64, dtype=torch.int32, device="meta"), normalize)
-    forward = {"CARRIED": True, "STATES": True, "REST": normalize}
+    call = Call(q, k, v, k, torch.empty(1, 64, dtype=torch.int32, device="meta"), normalize)
+    forward = {"CARRIED": True, "STATES": True, "REST": normalize, "MAKE": False}
+    fused = {"CARRIED": True, "STATES": False, "REST": False, "MAKE": True, "DOCUMENTS": False}
     backward = {"DS_AFTER": True, "DZ_AFTER": normalize, "DS": True, "DZ": normalize, "GATE": True}
     for name, kernel, row, more in (
         ("made", channel_sweeps.prepare, channel_configs.PREPARE, {}),
         ("y", channel_sweeps.output_sweep, channel_configs.SWEEP, forward),
+        ("fused y", channel_sweeps.output_sweep, channel_configs.SWEEP, fused),
         ("dv", channel_sweeps.value_sweep, channel_configs.SWEEP, backward),
         ("dqk", channel_gradients.key_query_gradients, channel_configs.GRADIENTS, backward),
         ("far y", channel_far.far_outputs, channel_configs.FAR, forward),
         ("far dqk", channel_far.far_key_query_gradients, channel_configs.GRADIENTS, backward),
         ("far dv", channel_far.far_value_gradients, channel_configs.FAR, {}),
     ):
+        if more is fused and (groups > 1 or normalize):
+            continue
         told = call.told(kernel, call.tile(row), INTERPRET=False, **more)
-        options = {n: told.pop(n) for n in ("num_warps", "num_stages")}
+        options = {n: told.pop(n) for n in ("num_warps", "num_stages", "maxnreg")}
         yield Variant(name, kernel, told, options)
 
 
@@ -149,6 +153,8 @@ def compiled(variant: Variant, arch: int, dtype: str) -> Any:
             signature[name] = SCALARS[name]
         else:
             signature[name] = POINTERS.get(name, "*fp32" if name in SINGLE else f"*{dtype}")
+            if name == "gate_ptr" and variant.constants.get("MAKE"):
+                signature[name] = f"*{dtype}"
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(variant.kernel, signature, variant.constants, attributes)
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=variant.options)

@@ -187,6 +187,16 @@ def test_sixteen_bits(dtype):
     assert difference(found, [x.grad for x in wide.values()]) < 2e-2
 
 
+@pytest.mark.parametrize("half_life", [3.0, 0.1], ids=["near", "far"])
+def test_without_gradients(half_life):
+    """One sweep does all then."""
+    tensors = draw(70, heads=(2, 2, 1), half_life=half_life)
+    with torch.no_grad():
+        found = channel_attention(**tensors, scale=0.7)
+    wide = {name: x.double() for name, x in tensors.items()}
+    assert difference(found, exact(**wide, scale=0.7)) < 1e-5
+
+
 def test_only_what_is_asked_for_has_a_gradient():
     """Of gates or not, and from the final z alone."""
     tensors = draw(20, True, (1, 1, 1), carried=False)
@@ -262,7 +272,7 @@ def test_operations_are_the_references(form):
 def test_compiles_for_a_gpu():
     """Without one, and in a process of its own: this one interprets."""
     environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "benchmarks.check_kernels", "--arch", "90", "--dtype", "bf16", "--square"]
-    command += ["--group", "1", "--gate", "3", "--plain"]
+    command = [sys.executable, "-m", "benchmarks.check_kernels", "--arch", "90", "--dtype", "bf16", "--features", "128"]
+    command += ["--dim", "128", "--group", "1", "--gate", "3", "--plain"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -16,7 +16,7 @@ from .configs import padded
 from .decay import INTERPRET, contiguous, gradients, outputs
 from .sweeps import excess_rows
 
-SPAN = 8
+SPAN = 32
 """Chunks that a program looks through for those that one cut will not do for."""
 
 
@@ -35,8 +35,10 @@ class Call(NamedTuple):
     q: Tensor
     k: Tensor
     v: Tensor
+    log_gate: Tensor
     documents: Tensor | None
     normalize: bool
+    training: bool = True
 
     @property
     def bits(self) -> int:
@@ -47,6 +49,14 @@ class Call(NamedTuple):
         """How far a chunk may decay to be cut once: 2^(-2·this). Gradients of states, which are small, are scaled by
         half of that in bf16; fp16 lacks the range for more, and in fp32 sums would lose precision."""
         return 64.0 if self.q.dtype == torch.bfloat16 else 8.0
+
+    @property
+    def fused(self) -> bool:
+        """Whether the sweep for outputs multiplies queries and keys by their factors itself, for fewer bytes moved:
+        where nothing is kept for gradients, and registers and shared memory suffice."""
+        width = self.tile(configs.SWEEP).channels * self.log_gate.element_size()
+        shared = self.q.shape[2] > self.k.shape[2]
+        return not (self.training or self.normalize or shared or self.documents is not None) and width <= 256
 
     def tile(self, kernel: str) -> configs.Tile:
         return configs.tile(kernel, self.q.shape[3], self.v.shape[3], self.bits)
@@ -69,6 +79,7 @@ class Call(NamedTuple):
             "X": tile.channels,
             "D": tile.columns,
             "LEVELS": tile.chunk.bit_length() - 1,
+            "SPAN": SPAN,
             "REACH": self.reach,
             "DOCUMENTS": self.documents is not None,
             "NORMALIZE": self.normalize,
@@ -77,20 +88,21 @@ class Call(NamedTuple):
             "INTERPRET": INTERPRET,
             **more,
         }
-        options = {"num_warps": tile.warps, "num_stages": tile.stages}
+        options = {"num_warps": tile.warps, "num_stages": tile.stages, "maxnreg": tile.registers}
         return {name: x for name, x in known.items() if name in kernel.arg_names} | options
 
-    def made(self, training: bool) -> tuple[Tensor, ...]:
-        """Room for what is `Prepared` and, in training, for states and z as chunks see them [B, H_s, N, F, D_v] and
-        [B, H_s, N, F]."""
+    def made(self) -> tuple[Tensor, ...]:
+        """Room for what is `Prepared`, less what a fused call does not store; and, in training, for states and z as
+        chunks see them [B, H_s, N, F, D_v] and [B, H_s, N, F]."""
         batch, _, heads, features = self.k.shape
         sizes = batch, heads, self.chunks
+        q, k = (x.new_empty(0 if self.fused else x.shape) for x in (self.q, self.k))
+        single = (0,) if self.fused else (*sizes, 2, features), sizes, (*sizes, features)
+        factors, near, zs = (q.new_empty(x, dtype=torch.float32) for x in single)
         # products of the states nearly cancel others where there is a normaliser: nothing is rounded
-        dtype = torch.float32 if self.normalize else self.q.dtype
-        states = self.q.new_empty((*sizes, features, self.v.shape[3]) if training else 0, dtype=dtype)
-        sizes_of = ((*sizes, 2, features), sizes, (*sizes, features) if training and self.normalize else (0,))
-        factors, near, zs = (self.q.new_empty(x, dtype=torch.float32) for x in sizes_of)
-        return torch.empty_like(self.q), torch.empty_like(self.k), factors, near, states, zs
+        dtype = torch.float32 if self.normalize else q.dtype
+        states = q.new_empty((*sizes, features, self.v.shape[3]) if self.training else 0, dtype=dtype)
+        return q, k, factors, near, states, zs
 
 
 @torch.library.custom_op("surgery::channel_attention", mutates_args=())
@@ -110,22 +122,24 @@ def _forward(
     """y, the state after the call, the denominators [B, T, H] and, for training, what rounding takes from y, as of
     `decay_attention`; and what `Call.made` has room for."""
     q, k, v, log_gate, S, z, documents = contiguous(q, k, v, log_gate, S, z, documents)
-    call = Call(q, k, v, documents, normalize)
+    call = Call(q, k, v, log_gate, documents, normalize, training)
     batch, tokens, heads, _ = q.shape
     y, S_after, z_after, mass, rest = outputs(q, k, v, normalize, training)
-    *prepared, states, zs = call.made(training)
+    *prepared, states, zs = call.made()
     made = Prepared(*prepared)
-    prepare[call.chunks, k.shape[2], batch](
-        q, k, log_gate, *made, tokens, scale, **call.told(prepare, call.tile(configs.PREPARE))
-    )
+    if not call.fused:
+        prepare[call.chunks, k.shape[2], batch](
+            q, k, log_gate, *made, tokens, scale, **call.told(prepare, call.tile(configs.PREPARE))
+        )
     tile = call.tile(configs.SWEEP)
-    flags = {"CARRIED": S is not None, "STATES": training, "REST": rest.numel() > 0}
+    flags = {"CARRIED": S is not None, "STATES": training, "REST": rest.numel() > 0, "MAKE": call.fused}
+    operands = (q, k) if call.fused else (made.q, made.k)
     output_sweep[triton.cdiv(v.shape[3], tile.columns), k.shape[2], batch](
-        made.q, made.k, v, made.factors, made.near, documents, S, z, y, rest, mass, states, zs, S_after, z_after,
-        tokens, eps, **call.told(output_sweep, tile, **flags),
+        *operands, v, log_gate, made.factors, made.near, documents, S, z, y, rest, mass, states, zs, S_after, z_after,
+        tokens, scale, eps, **call.told(output_sweep, tile, **flags),
     )  # fmt: skip
     far_outputs[triton.cdiv(call.chunks, SPAN), heads, batch](
-        q, k, v, log_gate, made.near, documents, y, rest, mass, tokens, SPAN, scale,
+        q, k, v, log_gate, made.near, documents, y, rest, mass, tokens, scale,
         **call.told(far_outputs, call.tile(configs.FAR), **flags),
     )  # fmt: skip
     return y, S_after, z_after, mass, rest, *made, states, zs
@@ -133,7 +147,7 @@ def _forward(
 
 @_forward.register_fake
 def _(q, k, v, log_gate, S, z, documents, scale, normalize, eps, training):
-    return *outputs(q, k, v, normalize, training), *Call(q, k, v, documents, normalize).made(training)
+    return *outputs(q, k, v, normalize, training), *Call(q, k, v, log_gate, documents, normalize, training).made()
 
 
 @torch.library.custom_op("surgery::channel_attention_backward", mutates_args=())
@@ -165,7 +179,7 @@ def _backward(
     dy, dS_after, dz_after, q, k, v, log_gate, documents = contiguous(
         dy, dS_after, dz_after, q, k, v, log_gate, documents
     )
-    call = Call(q, k, v, documents, normalize)
+    call = Call(q, k, v, log_gate, documents, normalize)
     made = Prepared(q_made, k_made, factors, near)
     batch, tokens, _, features = q.shape
     state_heads, columns = k.shape[2], v.shape[3]
@@ -193,7 +207,7 @@ def _backward(
     tile = call.tile(configs.FAR)
     slices, spans = triton.cdiv(columns, tile.columns), triton.cdiv(call.chunks, SPAN)
     far_value_gradients[slices * spans, state_heads, batch](
-        q, k, dy, log_gate, made.near, documents, inverse, shared, tokens, SPAN, scale,
+        q, k, dy, log_gate, made.near, documents, inverse, shared, tokens, scale,
         **call.told(far_value_gradients, tile),
     )  # fmt: skip
     if shared is not dv:
@@ -205,7 +219,7 @@ def _backward(
         dq, dk, dlog_gate, tokens, scale, **call.told(key_query_gradients, tile, GATE=gate_gradient),
     )  # fmt: skip
     far_key_query_gradients[cuts * spans, state_heads, batch](
-        q, k, v, dy, log_gate, made.near, documents, inverse, excess, dq, dk, dlog_gate, tokens, SPAN, scale,
+        q, k, v, dy, log_gate, made.near, documents, inverse, excess, dq, dk, dlog_gate, tokens, scale,
         **call.told(far_key_query_gradients, tile, GATE=gate_gradient),
     )  # fmt: skip
     return dq, dk, dv, dlog_gate, dS, dz

@@ -8,14 +8,15 @@ from .configs import padded
 
 
 class Tile(NamedTuple):
-    """chunk: tokens. channels: of F, all or those of a slice. columns: of v. warps, stages: as Triton's launch
-    options."""
+    """chunk: tokens. channels: of F, all or those of a slice. columns: of v. warps, stages, registers: as Triton's
+    launch options, the last at most."""
 
     chunk: int
     channels: int
     columns: int
     warps: int = 4
     stages: int = 2
+    registers: int | None = None
 
 
 PREPARE, SWEEP, GRADIENTS, FAR = "prepare", "sweep", "gradients", "far"
@@ -28,7 +29,8 @@ def tile(kernel: str, features: int, columns: int, bits: int) -> Tile:
     chunk, slice_ = (64, 64) if bits == 16 else (16, 16)
     f, d = max(slice_, padded(features)), max(slice_, padded(columns))
     if kernel == PREPARE:
-        return Tile(chunk, f, 0, 8 if f > 64 else 4)
+        # few enough that programs share a multiprocessor: all they do is move bytes
+        return Tile(chunk, f, 0, 8 if f > 64 else 4, registers=128 if f <= 128 else None)
     if kernel == SWEEP:
         return Tile(chunk, f, slice_, 8 if f > 128 else 4, 2 if f > 64 else 3)
     return Tile(chunk, slice_, d if kernel == GRADIENTS else slice_, 8 if d > 128 else 4, 1)

@@ -14,6 +14,14 @@ from .tiles import decays, load_each, load_rows, rest, store_each, store_rows
 
 
 @triton.jit
+def far_end(near_ptr, own, begin, chunks, SPAN: tl.constexpr):
+    """Where a span of chunks ends: where it begins if none is far."""
+    n = begin + tl.arange(0, SPAN)
+    near = tl.load(near_ptr + own + n, mask=n < chunks, other=1.0)
+    return tl.where(tl.min(near, 0) > 0.0, begin, tl.minimum(begin + SPAN, chunks))
+
+
+@triton.jit
 def level_scores(
     q, k, gates, C: tl.constexpr, LEVELS: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
     KEYS_FIRST: tl.constexpr, INTERPRET: tl.constexpr,
@@ -39,23 +47,23 @@ def level_scores(
     return scores
 
 
-@triton.jit(do_not_specialize=["T", "span", "scale"])
+@triton.jit(do_not_specialize=["T", "scale"])
 def far_outputs(
     q_ptr, k_ptr, v_ptr, gate_ptr, near_ptr, document_ptr, y_ptr, rest_ptr, mass_ptr,
-    T, span, scale,
+    T, scale,
     H: tl.constexpr, H_S: tl.constexpr, H_KV: tl.constexpr, F_WIDTH: tl.constexpr, D_WIDTH: tl.constexpr,
-    C: tl.constexpr, X: tl.constexpr, D: tl.constexpr, LEVELS: tl.constexpr, DOCUMENTS: tl.constexpr,
-    NORMALIZE: tl.constexpr, REST: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
+    C: tl.constexpr, X: tl.constexpr, D: tl.constexpr, LEVELS: tl.constexpr, SPAN: tl.constexpr,
+    DOCUMENTS: tl.constexpr, NORMALIZE: tl.constexpr, REST: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """Adds to y and mass the pairs that `output_sweep` left out, in `span` chunks of one query head per program."""
+    """Adds to y and mass the pairs that `output_sweep` left out, in SPAN chunks of one query head per program."""
     cuts: tl.constexpr = (F_WIDTH + X - 1) // X
     query, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     head = query // (H // H_S)
     operand = tl.float32 if INTERPRET else q_ptr.dtype.element_ty
     chunks = tl.cdiv(T, C)
-    begin = tl.program_id(0) * span
-    for n in range(begin, tl.minimum(begin + span, chunks)):
+    begin = tl.program_id(0) * SPAN
+    for n in range(begin, far_end(near_ptr, (b * H_S + head) * chunks, begin, chunks, SPAN)):
         if tl.load(near_ptr + (b * H_S + head) * chunks + n) == 0.0:
             row, live = b * T + n * C, T - n * C
             scores = tl.zeros([C, C], tl.float32)
@@ -78,7 +86,7 @@ def far_outputs(
                 if REST:
                     y += load_rows(rest_ptr, row, live, query, d, H, D_WIDTH, C, D, INTERPRET).to(tl.float32)
                 y = tl.dot(scores.to(operand), v, y * known[:, None], input_precision=PRECISION)
-                if REST:
+                if not EXACT:
                     y = tl.dot(rest(scores, operand), v, y, input_precision=PRECISION)
                 y *= inverse[:, None]
                 store_rows(y_ptr, y, row, live, query, d, H, D_WIDTH, C, D)
@@ -86,24 +94,24 @@ def far_outputs(
                     store_rows(rest_ptr, rest(y, y_ptr.dtype.element_ty), row, live, query, d, H, D_WIDTH, C, D)
 
 
-@triton.jit(do_not_specialize=["T", "span", "scale"])
+@triton.jit(do_not_specialize=["T", "scale"])
 def far_key_query_gradients(
     q_ptr, k_ptr, v_ptr, dy_ptr, gate_ptr, near_ptr, document_ptr, inverse_ptr, excess_ptr, dq_ptr, dk_ptr, dgate_ptr,
-    T, span, scale,
+    T, scale,
     H: tl.constexpr, H_S: tl.constexpr, H_KV: tl.constexpr, F_WIDTH: tl.constexpr, D_WIDTH: tl.constexpr,
-    C: tl.constexpr, X: tl.constexpr, D: tl.constexpr, LEVELS: tl.constexpr, DOCUMENTS: tl.constexpr,
-    NORMALIZE: tl.constexpr, GATE: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
+    C: tl.constexpr, X: tl.constexpr, D: tl.constexpr, LEVELS: tl.constexpr, SPAN: tl.constexpr,
+    DOCUMENTS: tl.constexpr, NORMALIZE: tl.constexpr, GATE: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """Adds the pairs that `key_query_gradients` left out, in `span` chunks and X channels of one head of the state per
+    """Adds the pairs that `key_query_gradients` left out, in SPAN chunks and X channels of one head of the state per
     program."""
     cuts: tl.constexpr = (F_WIDTH + X - 1) // X
-    first, begin = tl.program_id(0) % cuts * X, tl.program_id(0) // cuts * span
+    first, begin = tl.program_id(0) % cuts * X, tl.program_id(0) // cuts * SPAN
     head, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     operand = tl.float32 if INTERPRET else q_ptr.dtype.element_ty
     same = tl.arange(0, C)[:, None] == tl.arange(0, C)[None, :]
     chunks = tl.cdiv(T, C)
-    for n in range(begin, tl.minimum(begin + span, chunks)):
+    for n in range(begin, far_end(near_ptr, (b * H_S + head) * chunks, begin, chunks, SPAN)):
         if tl.load(near_ptr + (b * H_S + head) * chunks + n) == 0.0:
             row, live = b * T + n * C, T - n * C
             _, _, _, pairs = decays(near_ptr, document_ptr, row, live, n * C, head, H_S, C, 0, DOCUMENTS, False)
@@ -146,23 +154,22 @@ def far_key_query_gradients(
                 store_rows(dgate_ptr, dgate, row, live, head, first, H_S, F_WIDTH, C, X)
 
 
-@triton.jit(do_not_specialize=["T", "span", "scale"])
+@triton.jit(do_not_specialize=["T", "scale"])
 def far_value_gradients(
     q_ptr, k_ptr, dy_ptr, gate_ptr, near_ptr, document_ptr, inverse_ptr, dv_ptr,
-    T, span, scale,
+    T, scale,
     H: tl.constexpr, H_S: tl.constexpr, F_WIDTH: tl.constexpr, D_WIDTH: tl.constexpr, C: tl.constexpr,
-    X: tl.constexpr, D: tl.constexpr, LEVELS: tl.constexpr, DOCUMENTS: tl.constexpr, NORMALIZE: tl.constexpr,
-    EXACT: tl.constexpr, PRECISION: tl.constexpr, INTERPRET: tl.constexpr,
+    X: tl.constexpr, D: tl.constexpr, LEVELS: tl.constexpr, SPAN: tl.constexpr, DOCUMENTS: tl.constexpr,
+    NORMALIZE: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """Adds the pairs that `value_sweep` left out, in `span` chunks and D columns of one head of the state per
-    program."""
+    """Adds the pairs that `value_sweep` left out, in SPAN chunks and D columns of one head of the state per program."""
     slices: tl.constexpr = (D_WIDTH + D - 1) // D
     cuts: tl.constexpr = (F_WIDTH + X - 1) // X
-    first, begin = tl.program_id(0) % slices * D, tl.program_id(0) // slices * span
+    first, begin = tl.program_id(0) % slices * D, tl.program_id(0) // slices * SPAN
     head, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     operand = tl.float32 if INTERPRET else q_ptr.dtype.element_ty
     chunks = tl.cdiv(T, C)
-    for n in range(begin, tl.minimum(begin + span, chunks)):
+    for n in range(begin, far_end(near_ptr, (b * H_S + head) * chunks, begin, chunks, SPAN)):
         if tl.load(near_ptr + (b * H_S + head) * chunks + n) == 0.0:
             row, live = b * T + n * C, T - n * C
             _, _, _, pairs = decays(near_ptr, document_ptr, row, live, n * C, head, H_S, C, 0, DOCUMENTS, True)
@@ -179,4 +186,6 @@ def far_value_gradients(
                 scores *= pairs * (inverse * scale)[None, :]
                 dy = load_rows(dy_ptr, row, live, query, first, H, D_WIDTH, C, D, INTERPRET)
                 dv = tl.dot(scores.to(operand), dy, dv, input_precision=PRECISION)
+                if not EXACT:
+                    dv = tl.dot(rest(scores, operand), dy, dv, input_precision=PRECISION)
             store_rows(dv_ptr, dv, row, live, head, first, H_S, D_WIDTH, C, D)

@@ -1,8 +1,12 @@
 """Kernels of linear attention with a gate per channel: the forward pass, and the same backward in time.
 
-`prepare` multiplies queries and keys by their factors, once. Then a chunk is one of attention without gates, and all
-that is left of them are two factors per channel of the state, which one sweep over the chunks of a row keeps in
-registers. A program is one slice of columns of one head of the state of one row; see `sweeps`.
+`prepare` multiplies queries and keys by their factors, once; a forward pass alone does so in its sweep. Then a chunk is
+one of attention without gates, and all that is left of them are two factors per channel of the state, which one sweep
+over the chunks of a row keeps in registers. A program is one slice of columns of one head of the state of one row; see
+`sweeps`.
+
+Queries and keys are rounded once more than without gates. For errors no larger than twice those of rounding the output,
+what rounding takes from the weights of pairs is added.
 
 Both sweeps can store the state that each chunk reads, rounded as it is multiplied: with these, `channel_gradients`
 takes all chunks side by side. Pairs of chunks that decay too far to be cut once are left to `channel_far`.
@@ -13,7 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .channel_tiles import exponents, load_gates, load_line, query_terms, store_line
+from .channel_tiles import exponents, load_gates, load_line, one_cut, query_terms, store_line
 from .tiles import decays, load_columns, load_rows, load_state, rest, store_each, store_rows, store_state
 
 
@@ -30,12 +34,13 @@ def prepare(
     row, live = b * T + n * C, T - n * C
     at = (b * H_S + head) * tl.num_programs(0) + n
     gates = load_gates(gate_ptr, row, live, head, 0, H_S, F_WIDTH, C, F, EXACT)
-    near = tl.where(tl.min(tl.sum(gates, 0), 0) >= -2.0 * REACH, 1.0, 0.0)
+    # loaded before gates are summed, for more bytes on their way
+    k = load_rows(k_ptr, row, live, head, 0, H_S, F_WIDTH, C, F, INTERPRET)
+    near = one_cut(gates, REACH)
     read, written, cut, left = exponents(gates, near, EXACT)
     tl.store(near_ptr + at, near)
     store_line(factor_ptr, tl.exp2(cut), at * 2, 0, F_WIDTH, F)
     store_line(factor_ptr, tl.exp2(left - cut), at * 2 + 1, 0, F_WIDTH, F)
-    k = load_rows(k_ptr, row, live, head, 0, H_S, F_WIDTH, C, F, INTERPRET)
     store_rows(k_out_ptr, k.to(tl.float32) * tl.exp2(written), row, live, head, 0, H_S, F_WIDTH, C, F)
     read = tl.exp2(read) * scale
     for g in range(H // H_S):
@@ -44,20 +49,21 @@ def prepare(
         store_rows(q_out_ptr, q.to(tl.float32) * read, row, live, query, 0, H, F_WIDTH, C, F)
 
 
-@triton.jit(do_not_specialize=["T", "eps"])
+@triton.jit(do_not_specialize=["T", "scale", "eps"])
 def output_sweep(
-    q_ptr, k_ptr, v_ptr, factor_ptr, near_ptr, document_ptr, S_ptr, z_ptr, y_ptr, rest_ptr, mass_ptr, states_ptr,
-    zs_ptr, S_after_ptr, z_after_ptr,
-    T, eps,
+    q_ptr, k_ptr, v_ptr, gate_ptr, factor_ptr, near_ptr, document_ptr, S_ptr, z_ptr, y_ptr, rest_ptr, mass_ptr,
+    states_ptr, zs_ptr, S_after_ptr, z_after_ptr,
+    T, scale, eps,
     H: tl.constexpr, H_S: tl.constexpr, H_KV: tl.constexpr, F_WIDTH: tl.constexpr, D_WIDTH: tl.constexpr,
     C: tl.constexpr, F: tl.constexpr, D: tl.constexpr, DOCUMENTS: tl.constexpr, NORMALIZE: tl.constexpr,
     CARRIED: tl.constexpr, STATES: tl.constexpr, REST: tl.constexpr, PRECISION: tl.constexpr,
-    INTERPRET: tl.constexpr,
+    MAKE: tl.constexpr, REACH: tl.constexpr, EXACT: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """y, the state after the last token and, if NORMALIZE, the denominators; D columns of v per program.
 
-    Of far chunks, y and the denominators hold only what is read of the state. STATES: also each state as it is
-    read. REST: also what rounding takes from y, so that no gradient is made of a rounded one. Operands are not, either.
+    Of far chunks, y and the denominators hold only what is read of the state. MAKE: q and k are not prepared
+    yet. STATES: also each state as it is read. REST: also what rounding takes from y, so that no gradient is made of a
+    rounded one. Operands are not, either.
     """
     first, head, b = tl.program_id(0) * D, tl.program_id(1), tl.program_id(2).to(tl.int64)
     own = b * H_S + head
@@ -72,10 +78,21 @@ def output_sweep(
             z = load_line(z_ptr, own, 0, F_WIDTH, F)
     for n in range(chunks):
         row, live, at = b * T + n * C, T - n * C, own * chunks + n
-        k = load_columns(k_ptr, row, live, head, H_S, F_WIDTH, C, F, INTERPRET)
+        if MAKE:
+            gates = load_gates(gate_ptr, row, live, head, 0, H_S, F_WIDTH, C, F, EXACT)
+            near = one_cut(gates, REACH)
+            read, written, cut, left = exponents(gates, near, EXACT)
+            before, after = tl.exp2(cut), tl.exp2(left - cut)
+            k = load_rows(k_ptr, row, live, head, 0, H_S, F_WIDTH, C, F, INTERPRET)
+            k = tl.trans((k.to(tl.float32) * tl.exp2(written)).to(operand))
+            if first == 0:
+                tl.store(near_ptr + at, near)
+        else:
+            k = load_columns(k_ptr, row, live, head, H_S, F_WIDTH, C, F, INTERPRET)
+            near = tl.load(near_ptr + at)
+            before = load_line(factor_ptr, at * 2, 0, F_WIDTH, F)
+            after = load_line(factor_ptr, at * 2 + 1, 0, F_WIDTH, F)
         v = load_rows(v_ptr, row, live, head // (H_S // H_KV), first, H_KV, D_WIDTH, C, D, INTERPRET)
-        before = load_line(factor_ptr, at * 2, 0, F_WIDTH, F)
-        near = tl.load(near_ptr + at)
         since, until, total, pairs = decays(near_ptr, document_ptr, row, live, n * C, head, H_S, C, 0, DOCUMENTS, False)
         grown *= before
         S *= grown[:, None]
@@ -87,6 +104,8 @@ def output_sweep(
         for g in range(H // H_S):
             query = head * (H // H_S) + g
             q = load_rows(q_ptr, row, live, query, 0, H, F_WIDTH, C, F, INTERPRET)
+            if MAKE:
+                q = (q.to(tl.float32) * (tl.exp2(read) * scale)).to(operand)
             # of later keys, products may be infinite
             weights = tl.where(pairs * near > 0.0, tl.dot(q, k, input_precision=PRECISION), 0.0)
             y = tl.dot(q, S.to(operand), input_precision=PRECISION)
@@ -94,7 +113,7 @@ def output_sweep(
                 y = tl.dot(q, rest(S, operand), y, input_precision=PRECISION)
             y *= since[:, None]
             y = tl.dot(weights.to(operand), v, y, input_precision=PRECISION)
-            if REST:
+            if not EXACT:
                 y = tl.dot(rest(weights, operand), v, y, input_precision=PRECISION)
             if NORMALIZE:
                 mass = tl.sum(weights, 1) + since * tl.sum(q.to(tl.float32) * z[None, :], 1) + eps
@@ -106,7 +125,7 @@ def output_sweep(
             if REST:
                 store_rows(rest_ptr, rest(y, y_ptr.dtype.element_ty), row, live, query, first, H, D_WIDTH, C, D)
         kept = v.to(tl.float32) * until[:, None]
-        stays = load_line(factor_ptr, at * 2 + 1, 0, F_WIDTH, F) * total
+        stays = after * total
         S = tl.dot(k, kept.to(operand), S * stays[:, None], input_precision=PRECISION)
         if NORMALIZE:
             z = z * stays + tl.sum(k.to(tl.float32) * until[None, :], 1)
@@ -124,7 +143,8 @@ def value_sweep(
     T,
     H: tl.constexpr, H_S: tl.constexpr, F_WIDTH: tl.constexpr, D_WIDTH: tl.constexpr, C: tl.constexpr,
     F: tl.constexpr, D: tl.constexpr, DOCUMENTS: tl.constexpr, NORMALIZE: tl.constexpr, DS_AFTER: tl.constexpr,
-    DZ_AFTER: tl.constexpr, DS: tl.constexpr, DZ: tl.constexpr, PRECISION: tl.constexpr, INTERPRET: tl.constexpr,
+    DZ_AFTER: tl.constexpr, DS: tl.constexpr, DZ: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
+    INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """dv backward in time, without the pairs of far chunks, and each gradient of a state as keys are multiplied by it;
     D columns per program."""
@@ -169,9 +189,10 @@ def value_sweep(
             if NORMALIZE:
                 dz -= tl.sum(q.to(tl.float32) * (since * inverse * excess)[None, :], 1)
             dv = tl.dot(scores.to(operand), dy, dv, input_precision=PRECISION)
+            if not EXACT:
+                dv = tl.dot(rest(scores, operand), dy, dv, input_precision=PRECISION)
             dS = tl.dot(q, kept.to(operand), dS, input_precision=PRECISION)
             if NORMALIZE:
-                dv = tl.dot(rest(scores, operand), dy, dv, input_precision=PRECISION)
                 dS = tl.dot(q, rest(kept, operand), dS, input_precision=PRECISION)
         store_rows(dv_ptr, dv, row, live, head, first, H_S, D_WIDTH, C, D)
         grown = before

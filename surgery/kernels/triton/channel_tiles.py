@@ -85,6 +85,12 @@ def level_pairs(h, C: tl.constexpr):
 
 
 @triton.jit
+def one_cut(gates, REACH: tl.constexpr):
+    """1 if a chunk of all channels can be cut once, 0 if it decays too far."""
+    return tl.where(tl.min(tl.sum(gates, 0), 0) >= -2.0 * REACH, 1.0, 0.0)
+
+
+@triton.jit
 def exponents(gates, near, EXACT: tl.constexpr):
     """Log2-factors of a chunk that is cut: of queries and of keys [C, X], and before and after the cut [X].
 
