@@ -13,7 +13,7 @@ from pydantic import Field, field_validator, model_validator
 from .errors import RecipeError, SurgeryError
 from .mixers import MixerConfig
 from .mixers.base import AttentionShape, Config, Mixer
-from .training.stages import AttentionTransfer, StageConfig
+from .training.stages import AttentionTransfer, Calibrate, StageConfig, TrainingStage
 from .validation import Document, closest, parse_yaml, short, validate
 
 
@@ -22,7 +22,7 @@ class Recipe(Config):
 
     mixer: what takes the place of softmax attention; None: nothing does, as in controls that train the model as it is.
     layers: the attention layers to convert, by index, negative ones from the end; None: all of them.
-    stages: the training that follows, in order; empty: none.
+    stages: what follows, in order: a calibration, if any, then training; empty: nothing.
     """
 
     description: str = ""
@@ -41,6 +41,11 @@ class Recipe(Config):
     @model_validator(mode="after")
     def _stages_fit_the_mixer(self) -> Recipe:
         for index, stage in enumerate(self.stages):
+            if isinstance(stage, Calibrate) and (self.mixer is None or index):
+                raise ValueError(
+                    f"stages[{index}] calibrates a mixer before it is trained: "
+                    + ("make it the first stage" if index else "remove the stage, or name a mixer")
+                )
             if not isinstance(stage, AttentionTransfer):
                 continue
             if self.mixer is None:
@@ -53,6 +58,11 @@ class Recipe(Config):
                     "none that sum to one: use mse or normalized_mse"
                 )
         return self
+
+    @property
+    def training(self) -> list[TrainingStage]:
+        """The stages that train, without a calibration."""
+        return [stage for stage in self.stages if not isinstance(stage, Calibrate)]
 
     def build(self, shape: AttentionShape) -> Mixer:
         """The mixer of one layer.

@@ -20,7 +20,6 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from .. import adapters, hub
-from ..calibration import calibrate, norms
 from ..callbacks import AttentionTransfer, BranchMonitor, DomainMixing
 from ..callbacks.base import HealingCallback
 from ..callbacks.lora_unfreezing import ADAPTER
@@ -32,6 +31,7 @@ from ..patchers.sites import projections
 from ..recipe import Recipe
 from ..sharding import units
 from .blockwise import Relay, train_blocks
+from .calibrate import calibrated
 from .card import model_card
 from .data.corpus import OnError, open_corpora
 from .data.module import HealingData
@@ -42,7 +42,7 @@ from .module import HealingModule
 from .processes import Team, join
 from .run import Run, StageResult, write_csv, write_text
 from .stages import AttentionTransfer as Transfer
-from .stages import LoRA, Plateau, StageConfig, TemperatureMixing
+from .stages import Calibrate, LoRA, Plateau, StageConfig, TemperatureMixing, TrainingStage
 from .strategy import Sharding, Strategy, sharded
 from .watch import Checkpoints, Validation, Watch
 
@@ -100,8 +100,8 @@ def convert(
     if not recipe.stages:
         raise SurgeryError("the recipe has no stages, so there is nothing to run: surgery.apply alone converts a model")
     team = join(options.devices, options.nodes, options.cpu)
-    for stage in recipe.stages:
-        _own(stage, team)
+    for training in recipe.training:
+        _own(training, team)
     say = say if team.leads else lambda line: None
     run = Run(Path(out), team)
     request = team.led(lambda: _begin(run, str(model), recipe, data, validation, options, say))
@@ -111,10 +111,6 @@ def convert(
     torch.manual_seed(options.seed)
     network, tokenizer = _load(str(model), recipe), _tokenizer(str(model))
     rows = team.in_turn(lambda: StageData(data, validation, tokenizer, network.config.get_text_config(), options, say))
-    if norms(network) and not run.delta(0).exists():
-        sample = _sample(rows, recipe.stages[0], network)
-        say(f"calibrating the output norms on {sample.numel()} tokens")
-        calibrate(network, sample)
     results = []
     for index, stage in enumerate(recipe.stages):
         say(f"stage {index + 1} of {len(recipe.stages)}: {stage.kind}")
@@ -182,7 +178,7 @@ class StageData:
         )
 
 
-def steps_of(stage: StageConfig, rows: int) -> int:
+def steps_of(stage: TrainingStage, rows: int) -> int:
     """Optimizer steps of a stage that has `rows` rows to train on, at least one."""
     wanted = (stage.epochs or 0) * rows if stage.tokens is None else stage.tokens / stage.sequence_length
     return max(1, round(wanted / (stage.batch_size * stage.accumulate)))
@@ -232,6 +228,8 @@ def _stage(
             network, index, stage, rows, run, options, say, relay, part
         )
         result = train_blocks(network, stage.blockwise, run, index, options.save_every, train)
+    elif isinstance(stage, Calibrate):
+        result = team.led(lambda: calibrated(network, stage, rows.at(stage), options.cpu, say))
     else:
         result = _train(network, index, stage, rows, run, options, say)
     if team.leads:
@@ -239,12 +237,14 @@ def _stage(
     adapter = adapter_of(stage, network) if isinstance(stage, LoRA) else None
     save_delta(network, delta, adapter, write=team.leads)
     team.wait()
+    if isinstance(stage, Calibrate) and not team.leads:
+        load_delta(network, delta)
     if team.leads:
         run.checkpoint(index).unlink(missing_ok=True)
     return result
 
 
-def _own(stage: StageConfig, team: Team) -> StageConfig:
+def _own(stage: TrainingStage, team: Team) -> TrainingStage:
     """What this process does of a stage; a block of layers sees all rows."""
     return stage if isinstance(stage, Transfer) and stage.blockwise is not None else stage.on(team.world)
 
@@ -252,7 +252,7 @@ def _own(stage: StageConfig, team: Team) -> StageConfig:
 def _train(
     network: PreTrainedModel,
     index: int,
-    stage: StageConfig,
+    stage: TrainingStage,
     rows: StageData,
     run: Run,
     options: Options,
@@ -294,7 +294,7 @@ def _train(
     )
 
 
-def _callbacks(stage: StageConfig, data: HealingData, options: Options) -> list[HealingCallback]:
+def _callbacks(stage: TrainingStage, data: HealingData, options: Options) -> list[HealingCallback]:
     """Of a stage; what mixes domains also decides which rows come."""
     if stage.mixing is None:
         return stage_callbacks(stage)
