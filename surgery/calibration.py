@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -88,9 +89,8 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, tokens: int = TOKENS)
         raise SurgeryError("the weights are sharded over processes already: call surgery.calibrate before that")
     rows = []
     with measuring(inner) as device:
-        batches = [batches] if isinstance(batches, Tensor | Mapping) else batches
-        inputs = [{name: x.to(device) for name, x in batch.items()} for batch in _some(batches, tokens)]
-        for path, module, sample in _samples(inner, inputs):
+        inputs = some(batches, tokens, device)
+        for path, module, sample in samples(inner, inputs):
             before = sample.errors(module.mixer).sum()
             module.mixer.calibrate(sample)
             rows.append(
@@ -103,31 +103,37 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, tokens: int = TOKENS)
                     after=sample.errors(module.mixer).sum().item(),
                 )
             )
-    return Calibration(sum(_count(batch) for batch in inputs), tuple(rows))
+    return Calibration(sum(map(count, inputs)), tuple(rows))
 
 
-def _some(batches: Iterable[Any], tokens: int) -> Iterator[Inputs]:
-    """Batches until there are so many tokens, in whole rows."""
-    missing = tokens
-    for batch in batches:
+def some(batches: Iterable[Any], tokens: int, device: torch.device) -> list[Inputs]:
+    """What models take of batches, or of one, until there are so many tokens, in whole rows.
+
+    Raises:
+        SurgeryError: there is none.
+    """
+    found: list[Inputs] = []
+    for batch in [batches] if isinstance(batches, Tensor | Mapping) else batches:
         inputs = {name: x for name, x in inputs_of(batch).items() if name != "labels"}
-        rows = -(-missing // inputs["input_ids"].shape[1])
-        inputs = {name: x[:rows] for name, x in inputs.items()}
-        yield inputs
-        missing -= _count(inputs)
-        if missing <= 0:
-            return
-    if missing == tokens:
-        raise SurgeryError("there is no batch to calibrate on: give at least some hundred tokens")
+        rows = -(-tokens // inputs["input_ids"].shape[1])
+        found.append({name: x[:rows].to(device) for name, x in inputs.items()})
+        tokens -= count(found[-1])
+        if tokens <= 0:
+            break
+    if not found:
+        raise SurgeryError("there is no batch to measure on: give at least some hundred tokens")
+    return found
 
 
-def _count(inputs: Inputs) -> int:
+def count(inputs: Inputs) -> int:
+    """Tokens that are no padding."""
     mask = inputs.get("attention_mask")
     return inputs["input_ids"].numel() if mask is None or mask.dim() != 2 else int(mask.sum())
 
 
-def _samples(model: PreTrainedModel, batches: list[Inputs]) -> Iterator[tuple[str, Any, Sample]]:
-    """Converted layers with what the softmax model does in them: as many layers in one pass as `MEMORY` holds."""
+def samples(model: PreTrainedModel, batches: list[Inputs]) -> Iterator[tuple[str, Any, Sample]]:
+    """Path and module of the converted layers, with what the softmax model does in them: as many layers in one pass as
+    `MEMORY` holds."""
     layers, together = list(converted_layers(model).items()), 1
     if not layers:
         with mode(model, "transfer"):

@@ -59,7 +59,7 @@ class Sample:
     def distance(self, mixer: Mixer, heads: int) -> Tensor:
         """[heads] fp64, where heads divides H: the mean distance in tokens at which softmax attention looks beyond the
         mixer's window, over neighbouring heads."""
-        window = mixer.window if isinstance(mixer, Windowed) else None
+        window = getattr(mixer, "window", None)
         found = [beyond(context, self.shape, window) for context, _ in self.calls]
         mass, moment = (_sum(x.double().sum((0, 1)) for x in both) for both in zip(*found, strict=True))
         return moment.view(heads, -1).sum(1) / mass.view(heads, -1).sum(1).clamp(min=1e-30)

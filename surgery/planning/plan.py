@@ -12,7 +12,7 @@ from ..errors import SurgeryError
 from ..kernels import dispatch
 from ..operate import _choose
 from ..patchers.sites import base_model_type
-from ..recipe import Recipe
+from ..recipe import AutoLayers, Recipe
 from ..training.stages import LoRA, TrainingStage
 from .hardware import (
     BANDWIDTH_EFFICIENCY,
@@ -169,7 +169,7 @@ def plan(config: PretrainedConfig, recipe: Recipe, request: Request | None = Non
     if config.model_type != base_model_type(config):
         raise SurgeryError(f"a {config.model_type} model is already converted: plan for the model it was made from")
     layers = config.num_hidden_layers
-    converted = 0 if recipe.mixer is None else len(_choose(recipe.layers, layers))
+    converted = 0 if recipe.mixer is None else _converted(recipe.layers, layers)
     stages, numbers = [], {}
     for index, stage in enumerate(recipe.training):
         if request.tokens_per_batch is None and _strategy(stage, request) in ("ddp", "fsdp"):
@@ -189,6 +189,10 @@ def plan(config: PretrainedConfig, recipe: Recipe, request: Request | None = Non
         stages=tuple(stages),
         request=request,
     )
+
+
+def _converted(wanted: list[int] | AutoLayers | None, layers: int) -> int:
+    return layers - wanted.auto if isinstance(wanted, AutoLayers) else len(_choose(wanted, layers))
 
 
 def _strategy(stage: TrainingStage, request: Request) -> str:

@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from .. import adapters, hub
 from ..callbacks import AttentionTransfer, BranchMonitor, DomainMixing
@@ -33,10 +33,11 @@ from ..sharding import units
 from .blockwise import Relay, train_blocks
 from .calibrate import calibrated
 from .card import model_card
-from .data.corpus import OnError, open_corpora
+from .data.corpus import OnError
 from .data.module import HealingData
 from .data.sources import open_source
 from .delta import load_delta, save_delta
+from .layers import layers_of
 from .mixing import DomainSampler
 from .module import HealingModule
 from .processes import Team, join
@@ -44,9 +45,8 @@ from .run import Run, StageResult, write_csv, write_text
 from .stages import AttentionTransfer as Transfer
 from .stages import Calibrate, LoRA, Plateau, StageConfig, TemperatureMixing, TrainingStage
 from .strategy import Sharding, Strategy, sharded
+from .text import Say, StageData, config_of, tokenizer_of
 from .watch import Checkpoints, Validation, Watch
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -109,14 +109,16 @@ def convert(
     if torch.cuda.is_available():
         torch.set_float32_matmul_precision("high")  # mixers compute in fp32: training affords tf32, measuring does not
     torch.manual_seed(options.seed)
-    network, tokenizer = _load(str(model), recipe), _tokenizer(str(model))
-    rows = team.in_turn(lambda: StageData(data, validation, tokenizer, network.config.get_text_config(), options, say))
+    tokenizer, config = tokenizer_of(str(model)), config_of(str(model))
+    rows = team.in_turn(lambda: StageData(data, validation, tokenizer, config, options, say))
+    layers = team.led(lambda: layers_of(str(model), recipe, rows, run, options.cpu))
+    network = _load(str(model), recipe, layers)
     results = []
     for index, stage in enumerate(recipe.stages):
         say(f"stage {index + 1} of {len(recipe.stages)}: {stage.kind}")
         results.append(_stage(network, index, stage, rows, run, options, say))
         if units(network) and (team.leads or index + 1 < len(recipe.stages)):  # adapters take a whole model
-            network = _load(str(model), recipe)
+            network = _load(str(model), recipe, layers)
             load_delta(network, run.delta(index))
     device = "cpu" if options.cpu else "cuda"  # lightning leaves it on the cpu
     team.led(lambda: _finish(network.to(device), tokenizer, recipe, results, run, request, rows, say))
@@ -147,37 +149,6 @@ def _begin(
     return request
 
 
-class StageData:
-    """The text as rows of tokens, for every stage at its own length."""
-
-    def __init__(
-        self,
-        data: Sequence[str | Path],
-        held: Sequence[str | Path],
-        tokenizer: Any,
-        config: PreTrainedConfig,
-        options: Options,
-        say: Say,
-    ) -> None:
-        eos = config.eos_token_id if tokenizer is None and isinstance(config.eos_token_id, int) else None
-        how: dict[str, Any] = {"vocab_size": config.vocab_size, "column": options.column, "eos": eos, "report": say}
-        how |= {"on_error": options.on_error, "progress": options.progress}
-        self.corpora = open_corpora(data, tokenizer, **how)
-        self.held = open_corpora(held, tokenizer, **how) if held else []
-        self.seed = options.seed
-
-    def at(self, stage: StageConfig) -> HealingData:
-        return HealingData(
-            self.corpora,
-            validation=self.held,
-            sequence_length=stage.sequence_length,
-            batch_size=stage.batch_size,
-            packing=stage.packing,
-            by_domain=stage.mixing is not None,
-            seed=self.seed + stage.seed,
-        )
-
-
 def steps_of(stage: TrainingStage, rows: int) -> int:
     """Optimizer steps of a stage that has `rows` rows to train on, at least one."""
     wanted = (stage.epochs or 0) * rows if stage.tokens is None else stage.tokens / stage.sequence_length
@@ -192,18 +163,11 @@ def _digests(sources: Sequence[str | Path]) -> dict[str, str]:
     return {str(source): open_source(source).digest() for source in sources}
 
 
-def _load(model: str, recipe: Recipe) -> PreTrainedModel:
+def _load(model: str, recipe: Recipe | None = None, layers: list[int] | None = None) -> PreTrainedModel:
     with loading("model", model):
-        if recipe.mixer is not None:
-            return hub.from_pretrained(model, recipe, dtype="auto")
+        if recipe is not None and recipe.mixer is not None:
+            return hub.from_pretrained(model, recipe, layers=layers, dtype="auto")
         return AutoModelForCausalLM.from_pretrained(model, dtype="auto")
-
-
-def _tokenizer(model: str) -> Any:
-    try:
-        return AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError):
-        return None  # pre-tokenised data needs none
 
 
 def adapter_of(stage: LoRA, network: PreTrainedModel) -> dict[str, Any]:
