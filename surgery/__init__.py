@@ -7,6 +7,7 @@ from .errors import RecipeError, SurgeryError, UnsupportedModelError
 from .hub import from_pretrained, register_configs
 from .operate import apply, inspect, mode, revert
 from .recipe import Recipe, list_recipes, load_recipe
+from .sensitivity import choose_layers
 
 __version__ = "0.1.0"
 
@@ -22,6 +23,7 @@ __all__ = [
     "apply",
     "calibrate",
     "callbacks_for",
+    "choose_layers",
     "from_pretrained",
     "inspect",
     "list_recipes",

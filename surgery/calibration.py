@@ -1,47 +1,177 @@
-"""Initial values that the teacher's own activations give."""
+"""Initial values of mixers by closed forms, from what the teacher's attention does on some of the user's data."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from .errors import SurgeryError
-from .mixers.recurrent import HeadNorm
+from .evaluation.losses import measuring
+from .mixers.base import AttentionContext, Calibrated
+from .mixers.calibration import Call, Sample
 from .operate import mode
 from .patchers.interface import converted_layers
+from .patchers.sites import find_model
+from .sharding import units
+from .training.branches import inputs_of
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+TOKENS = 4096
+MEMORY = 2**30
+"""Bytes of activations that are kept at a time, but those of one layer in any case."""
+
+Inputs = dict[str, Tensor]
 
 
-def norms(model: nn.Module) -> dict[int, HeadNorm]:
-    """The output norms of a converted model, by the index of their layer."""
-    mixers = {module.layer_idx: module.mixer for module in converted_layers(model).values()}
-    found = {index: getattr(mixer, "norm", None) for index, mixer in mixers.items()}
-    return {index: norm for index, norm in found.items() if isinstance(norm, HeadNorm)}
+@dataclass(frozen=True)
+class LayerCalibration:
+    """One converted layer. parts: what could be calibrated. before, after: squared error of the mixer's output, as a
+    part of the square of the softmax output, on the same queries, keys and values."""
+
+    layer: int
+    path: str
+    mixer: str
+    parts: tuple[str, ...]
+    before: float
+    after: float
 
 
-@torch.no_grad()
-def calibrate(model: nn.Module, *args: Any, **batch: Any) -> None:
-    """Give every output norm the size of the teacher's heads, their root mean square over the tokens of one batch:
-    the output projection then sees what it is used to. Before any training; models without such norms stay as they are.
+@dataclass(frozen=True)
+class Calibration:
+    """What `calibrate` did. tokens: of the sample."""
 
-    args, batch: what `model` is called with, such as input_ids and attention_mask; at least some hundred tokens.
+    tokens: int
+    layers: tuple[LayerCalibration, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, ready for JSON."""
+        return {"tokens": self.tokens, "layers": [asdict(layer) for layer in self.layers]}
+
+    def table(self) -> Table:
+        """A rich table, one row a layer."""
+        from rich.table import Table
+
+        table = Table(title=f"calibrated on {self.tokens:,} tokens")
+        for name in ("layer", "mixer", "calibrated"):
+            table.add_column(name)
+        for name in ("error before", "after"):
+            table.add_column(name, justify="right")
+        for row in self.layers:
+            parts = ", ".join(row.parts) or "–"
+            table.add_row(row.path, row.mixer, parts, f"{row.before:.4f}", f"{row.after:.4f}")
+        return table
+
+
+def calibrate(model: nn.Module, batches: Iterable[Any], *, tokens: int = TOKENS) -> Calibration:
+    """Set what mixers can set of themselves by closed forms, without a gradient, so that every layer comes closer to
+    its softmax attention: half-lives of gates from the mean distance at which that looks beyond the window, the balance
+    of window and linear branch and the gains of norms by least squares (after Taylor-Calibrate).
+
+    batches: of token ids [B, T], or mappings with input_ids and maybe attention_mask and position_ids; or one of these.
+    tokens: how many of them are looked at, in whole rows; rows as long as in later use say most.
+
+    Each head keeps its old values wherever new ones would not lower its error, and nothing but mixers changes. The same
+    data give the same values. Before any training: what mixers have learned is replaced. Returns what it did, layer by
+    layer.
 
     Raises:
-        SurgeryError: the model is not converted, or the call never ran its layers.
+        SurgeryError: the model is not converted, its weights are sharded, or there is no batch.
     """
-    found = norms(model)
-    with mode(model, "transfer", loss=_teacher_sizes) as switch:
-        if not found:
-            return
-        model(*args, **batch)
-        sizes = dict(switch.losses)
-    if not found.keys() <= sizes.keys():
-        raise SurgeryError("the call never ran the converted layers, so there is nothing to calibrate their norms by")
-    for index, norm in found.items():
-        norm.gain.copy_(sizes[index])
+    inner = find_model(model)
+    if units(inner):
+        raise SurgeryError("the weights are sharded over processes already: call surgery.calibrate before that")
+    rows = []
+    with measuring(inner) as device:
+        inputs = some(batches, tokens, device)
+        for path, module, sample in samples(inner, inputs):
+            before = sample.errors(module.mixer).sum()
+            module.mixer.calibrate(sample)
+            rows.append(
+                LayerCalibration(
+                    layer=module.layer_idx,
+                    path=path,
+                    mixer=module.mixer.describe(),
+                    parts=tuple(name for name, part in module.mixer.named_children() if isinstance(part, Calibrated)),
+                    before=before.item(),
+                    after=sample.errors(module.mixer).sum().item(),
+                )
+            )
+    return Calibration(sum(map(count, inputs)), tuple(rows))
 
 
-def _teacher_sizes(student: Tensor, teacher: Tensor) -> Tensor:
-    """[..., H, D], twice -> [H]."""
-    return teacher.float().square().mean(-1).flatten(0, -2).mean(0).sqrt()
+def some(batches: Iterable[Any], tokens: int, device: torch.device) -> list[Inputs]:
+    """What models take of batches, or of one, until there are so many tokens, in whole rows.
+
+    Raises:
+        SurgeryError: there is none.
+    """
+    found: list[Inputs] = []
+    for batch in [batches] if isinstance(batches, Tensor | Mapping) else batches:
+        inputs = {name: x for name, x in inputs_of(batch).items() if name != "labels"}
+        rows = -(-tokens // inputs["input_ids"].shape[1])
+        found.append({name: x[:rows].to(device) for name, x in inputs.items()})
+        tokens -= count(found[-1])
+        if tokens <= 0:
+            break
+    if not found:
+        raise SurgeryError("there is no batch to measure on: give at least some hundred tokens")
+    return found
+
+
+def count(inputs: Inputs) -> int:
+    """Tokens that are no padding."""
+    mask = inputs.get("attention_mask")
+    return inputs["input_ids"].numel() if mask is None or mask.dim() != 2 else int(mask.sum())
+
+
+def samples(model: PreTrainedModel, batches: list[Inputs]) -> Iterator[tuple[str, Any, Sample]]:
+    """Path and module of the converted layers, with what the softmax model does in them: as many layers in one pass as
+    `MEMORY` holds."""
+    layers, together = list(converted_layers(model).items()), 1
+    if not layers:
+        with mode(model, "transfer"):
+            return  # which says that the model is not converted
+    while layers:
+        now, layers = layers[:together], layers[together:]
+        found = _collect(model, [module for _, module in now], batches)
+        for (path, module), sample in zip(now, found, strict=True):
+            yield path, module, sample
+        together = max(1, MEMORY // max(1, _bytes(found[0])))
+
+
+def _collect(model: PreTrainedModel, modules: list[Any], batches: list[Inputs]) -> list[Sample]:
+    calls: list[list[Call]] = [[] for _ in modules]
+    running: list[tuple[int, AttentionContext]] = []
+
+    def begins(index: int) -> Any:
+        return lambda mixer, args: running.append((index, args[0].map(lambda x: x.detach().clone())))
+
+    def ends(student: Tensor, teacher: Tensor) -> Tensor:
+        if running:
+            index, context = running.pop()
+            real = teacher if context.lengths is not None else teacher.flatten(0, 1)
+            calls[index].append(Call(context, real.detach().clone()))
+        return student.new_zeros(())
+
+    handles = [module.mixer.register_forward_pre_hook(begins(index)) for index, module in enumerate(modules)]
+    try:
+        with mode(model, "transfer", loss=ends):
+            for batch in batches:
+                model.base_model(**batch, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [Sample(module.mixer.shape, own) for module, own in zip(modules, calls, strict=True)]
+
+
+def _bytes(sample: Sample) -> int:
+    fields_of = [(getattr(call.context, field.name) for field in fields(call.context)) for call in sample.calls]
+    tensors = [x for values in fields_of for x in values if isinstance(x, Tensor)]
+    return sum(x.nbytes for x in [*tensors, *(call.teacher for call in sample.calls)])

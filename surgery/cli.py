@@ -1,4 +1,4 @@
-"""The command line: surgery recipes | inspect | plan | convert | evaluate | generate | doctor | demo.
+"""The command line: surgery recipes | inspect | layers | plan | convert | evaluate | generate | doctor | demo.
 
 Nothing heavy is imported before a command needs it, so that `surgery --help` answers at once.
 """
@@ -40,6 +40,11 @@ SetOption = Annotated[
     list[str] | None, typer.Option("--set", "-s", metavar="KEY=VALUE", help="Change one value: mixer.window.size=32")
 ]
 ModelOption = Annotated[str, typer.Option("--model", "-m", help="A local folder or a name on the Hugging Face hub.")]
+DataOption = Annotated[
+    list[Path],
+    typer.Option("--data", "-d", help="Text, .jsonl, .parquet, .npy, .u16, also .gz or .xz; hf:NAME; repeatable."),
+]
+ColumnOption = Annotated[str, typer.Option(help="Of the text in .jsonl, .parquet and hf: data.")]
 DEMO_OUT = Path("demo-output")
 
 
@@ -150,6 +155,28 @@ def _inspect(name: str, recipe: Recipe, layers: list[int] | None) -> Any:
 
 
 @app.command()
+def layers(
+    model: ModelOption,
+    recipe: Annotated[str, typer.Option("--recipe", "-r", help="A shipped name or the path of a YAML file.")],
+    data: DataOption,
+    set_: SetOption = None,
+    keep: Annotated[int | None, typer.Option(min=1, help="Layers that keep softmax; 1 unless the recipe says.")] = None,
+    column: ColumnOption = "text",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the measurements as JSON.")] = False,
+) -> None:
+    """Measure what converting each layer costs, and propose which keep softmax (--set layers.tokens=8192: on more)."""
+    chosen = _read_recipe(recipe, [*(set_ or ()), *([] if keep is None else [f"layers.auto={keep}"])])
+    from .training.convert import Options
+    from .training.layers import measured_layers
+
+    found = measured_layers(model, chosen, data, Options(column=column))
+    if as_json:
+        return typer.echo(json.dumps(found.to_dict(), indent=2))
+    _show(found.table())
+    typer.echo(f"surgery convert --set 'layers={list(found)}' converts the others")
+
+
+@app.command()
 def plan(
     recipe: Annotated[str, typer.Option("--recipe", "-r", help="A shipped name or the path of a YAML file.")],
     model: Annotated[str | None, typer.Option("--model", "-m", help="A local folder or a name on the hub.")] = None,
@@ -190,10 +217,7 @@ def plan(
 def convert(
     model: ModelOption,
     recipe: Annotated[str, typer.Option("--recipe", "-r", help="A shipped name or the path of a YAML file.")],
-    data: Annotated[
-        list[Path],
-        typer.Option("--data", "-d", help="Text, .jsonl, .parquet, .npy, .u16, also .gz or .xz; hf:NAME; repeatable."),
-    ],
+    data: DataOption,
     out: Annotated[
         Path, typer.Option("--out", "-o", help="The folder to make; OUT.run holds the run until it is done.")
     ],
@@ -206,7 +230,7 @@ def convert(
     accelerator: Annotated[str, typer.Option(help="auto, cpu or gpu.")] = "auto",
     save_every: Annotated[int, typer.Option(min=1, help="Optimizer steps between two checkpoints.")] = 50,
     gradient_checkpointing: Annotated[bool, typer.Option(help="Less memory for more time.")] = False,
-    column: Annotated[str, typer.Option(help="Of the text in .jsonl, .parquet and hf: data.")] = "text",
+    column: ColumnOption = "text",
     skip_broken: Annotated[bool, typer.Option("--skip-broken", help="Leave out rows that cannot be used.")] = False,
     devices: Annotated[
         int | None, typer.Option(min=1, help="Of this host, 1 by default; leave it to torchrun under torchrun.")

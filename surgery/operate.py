@@ -27,7 +27,7 @@ from .patchers.interface import (
     use_implementation,
 )
 from .patchers.sites import find_model, find_sites, has_softmax
-from .recipe import Recipe, load_recipe
+from .recipe import AutoLayers, Recipe, load_recipe
 from .report import LayerReport, Report
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -65,7 +65,8 @@ def apply(model: Model, recipe: Recipe | str | dict | Any, *, layers: Layers = N
 
     model: a Hugging Face model, alone or inside a PeftModel, a compiled module or a LightningModule.
     recipe: a shipped name ("llama/lolcats"), a path to a YAML file, a dict or a `Recipe`.
-    layers: indices of the layers to convert, negative ones from the end; None: the recipe's choice, by default all.
+    layers: indices of the layers to convert, negative ones from the end, or what `choose_layers` returned; None: the
+        recipe's choice, by default all.
 
     Everything is checked before anything is touched. `model.surgery` then holds the report and the recipe.
 
@@ -164,6 +165,30 @@ def mode(
             switch.shards = shards
 
 
+@contextmanager
+def restored(model: nn.Module, layers: Iterable[int]) -> Iterator[None]:
+    """Let some layers of a converted model, by index, act as the softmax attention they were for a while.
+
+    Raises:
+        SurgeryError: the model is not converted.
+    """
+    inner = find_model(model)
+    switch, wanted = _operation(inner).switch, set(layers)
+    modules = [module for module in converted_layers(inner).values() if module.layer_idx in wanted]
+    before = inner.config._attn_implementation_internal
+    try:
+        for module in modules:
+            module.surgery_switch = Switch("teacher", switch.implementation)
+            use_implementation(module, None)
+        inner.config._attn_implementation_internal = switch.implementation if modules else before
+        yield
+    finally:
+        for module in modules:
+            module.surgery_switch = switch
+            use_implementation(module, IMPLEMENTATION)
+        inner.config._attn_implementation_internal = before
+
+
 def remember_base(model: PreTrainedModel) -> None:
     """Note what the base weights are now, in memory parameter by parameter and in the config as one digest."""
     operation = _operation(model)
@@ -228,6 +253,11 @@ def _plan(model: nn.Module, recipe: Any, layers: Layers) -> _Plan:
     inner = find_model(model)
     sites = find_sites(inner)
     wanted = layers if layers is not None else resolved.layers
+    if isinstance(wanted, AutoLayers):
+        raise SurgeryError(
+            f"the recipe leaves it to data which {wanted.auto} layers keep their softmax: give "
+            "surgery.choose_layers(model, recipe, batches) as layers, or those that `surgery layers` names"
+        )
     chosen = _choose(wanted, len(sites))
     for index in chosen:
         _meta_mixer(sites[index], resolved)
@@ -329,4 +359,4 @@ def _digest(fingerprints: dict[str, tuple[int, int]]) -> str:
     return hashlib.sha256(repr(sorted(fingerprints.items())).encode()).hexdigest()
 
 
-__all__ = ["MODES", "Operation", "apply", "inspect", "install", "mode", "remember_base", "revert"]
+__all__ = ["MODES", "Operation", "apply", "inspect", "install", "mode", "remember_base", "restored", "revert"]

@@ -6,34 +6,59 @@ import os
 from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Discriminator, Field, PositiveInt, Tag, field_validator, model_validator
 
 from .errors import RecipeError, SurgeryError
 from .mixers import MixerConfig
 from .mixers.base import AttentionShape, Config, Mixer
-from .training.stages import AttentionTransfer, StageConfig
+from .training.stages import AttentionTransfer, Calibrate, StageConfig, TrainingStage
 from .validation import Document, closest, parse_yaml, short, validate
+
+
+class AutoLayers(Config):
+    """All layers are converted but those that suffer most from it, on data: see `surgery.choose_layers`.
+
+    auto: how many keep their softmax. tokens: to measure on, in rows of `sequence_length`. by: what is measured, one
+    layer converted alone, or one restored in a model converted in all others.
+    """
+
+    auto: PositiveInt
+    tokens: PositiveInt = 4096
+    sequence_length: PositiveInt = 1024
+    by: Literal["convert", "restore"] = "convert"
+
+
+def _kind_of_layers(value: Any) -> str:
+    return "<auto>" if isinstance(value, Mapping | AutoLayers) else "<listed>"
+
+
+Layers = Annotated[
+    Annotated[list[int], Field(min_length=1), Tag("<listed>")] | Annotated[AutoLayers, Tag("<auto>")],
+    Discriminator(_kind_of_layers),
+]
 
 
 class Recipe(Config):
     """One conversion: which mixer replaces the attention of which layers, and how the result is healed.
 
     mixer: what takes the place of softmax attention; None: nothing does, as in controls that train the model as it is.
-    layers: the attention layers to convert, by index, negative ones from the end; None: all of them.
-    stages: the training that follows, in order; empty: none.
+    layers: the attention layers to convert, by index, negative ones from the end; {auto: N}: all but N that are chosen
+        on data; None: all of them.
+    stages: what follows, in order: a calibration, if any, then training; empty: nothing.
     """
 
     description: str = ""
     mixer: MixerConfig | None
-    layers: list[int] | None = Field(None, min_length=1)
+    layers: Layers | None = None
     stages: list[StageConfig] = []
 
     @field_validator("layers")
     @classmethod
-    def _no_repeats(cls, layers: list[int] | None) -> list[int] | None:
-        repeated = sorted({layer for layer in layers or [] if layers and layers.count(layer) > 1})
+    def _no_repeats(cls, layers: list[int] | AutoLayers | None) -> list[int] | AutoLayers | None:
+        listed = layers if isinstance(layers, list) else []
+        repeated = sorted({layer for layer in listed if listed.count(layer) > 1})
         if repeated:
             raise ValueError(f"lists {', '.join(map(str, repeated))} more than once")
         return layers
@@ -41,6 +66,11 @@ class Recipe(Config):
     @model_validator(mode="after")
     def _stages_fit_the_mixer(self) -> Recipe:
         for index, stage in enumerate(self.stages):
+            if isinstance(stage, Calibrate) and (self.mixer is None or index):
+                raise ValueError(
+                    f"stages[{index}] calibrates a mixer before it is trained: "
+                    + ("make it the first stage" if index else "remove the stage, or name a mixer")
+                )
             if not isinstance(stage, AttentionTransfer):
                 continue
             if self.mixer is None:
@@ -53,6 +83,11 @@ class Recipe(Config):
                     "none that sum to one: use mse or normalized_mse"
                 )
         return self
+
+    @property
+    def training(self) -> list[TrainingStage]:
+        """The stages that train, without a calibration."""
+        return [stage for stage in self.stages if not isinstance(stage, Calibrate)]
 
     def build(self, shape: AttentionShape) -> Mixer:
         """The mixer of one layer.

@@ -200,6 +200,8 @@ def _locate(model: type[BaseModel], data: Any, location: tuple) -> tuple[Path, l
     targets: list[type[BaseModel]] = [model]
     value, tagged = data, False
     for step in location:
+        if isinstance(step, str) and step.startswith("<"):
+            continue  # a tag without a `kind`
         if isinstance(value, dict) and not tagged and value.get("kind") == step:
             targets, tagged = [t for t in targets if step in _kinds([t])], True
             continue

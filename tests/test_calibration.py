@@ -1,63 +1,133 @@
-"""Norms take the size of the teacher's heads; layers of different depth have different mixers."""
+"""Calibration of whole models; layers of different depth have different mixers."""
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import zoo
+from transformers import AutoModelForCausalLM
 
 import surgery
-from surgery.calibration import norms
+from surgery import calibration
 from surgery.errors import SurgeryError
 from surgery.mixers.recurrent import RecurrentMixer
 from surgery.mixers.window import WindowMixer
 from surgery.patchers.interface import converted_layers
 
+RECIPE = {"mixer": {"kind": "linear", "window": {"size": 5}, "mix": {"kind": "logmass"}}}
 
-def heads(model, ids) -> list[torch.Tensor]:
-    """What the output projection of every layer is given, [B, T, H, D]."""
+
+def snapshot(model) -> dict[str, torch.Tensor]:
+    return {name: x.clone() for name, x in model.state_dict().items()}
+
+
+def changed(model, before) -> set[str]:
+    return {name for name, x in model.state_dict().items() if not torch.equal(x, before[name])}
+
+
+def transfer_errors(model, batch) -> list[float]:
+    """Of every layer, by the transfer mode that training uses: squares of what the students miss over the teachers'."""
+    sizes = {}
+
+    def loss(student, teacher):
+        return torch.stack([(student.double() - teacher.double()).square().sum(), teacher.double().square().sum()])
+
+    with torch.no_grad(), surgery.mode(model, "transfer", loss=loss) as switch:
+        model(**batch)
+        sizes = dict(switch.losses)
+    return [(missed / whole).item() for missed, whole in sizes.values()]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_layer_comes_closer_and_nothing_but_mixes_changes(dtype):
+    model, ids = surgery.apply(zoo.build("llama", dtype=dtype), RECIPE), zoo.tokens(4, 40)
+    before, errors = snapshot(model), transfer_errors(model, {"input_ids": ids})
+    training = model.train().training
+    report = surgery.calibrate(model, [ids[:2], {"input_ids": ids[2:], "labels": ids[2:]}])
+    assert model.training == training
+    model.eval()
+    assert changed(model, before) == {
+        f"model.layers.{layer}.self_attn.mixer.mix.q_{part}" for layer in range(3) for part in ("weight", "bias")
+    }
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    assert [row.before for row in report.layers] == pytest.approx(errors, rel=tolerance)
+    after = transfer_errors(model, {"input_ids": ids})
+    assert [row.after for row in report.layers] == pytest.approx(after, rel=tolerance)
+    assert all(new < 0.95 * old for new, old in zip(after, errors, strict=True))
+    assert all(parameter.grad is None for parameter in model.parameters())
+    with surgery.mode(model, "teacher"), torch.no_grad():
+        assert torch.equal(model(ids).logits, zoo.build("llama", dtype=dtype)(ids).logits)
+
+
+def test_the_report_is_plain_data_and_a_table():
+    model = surgery.apply(zoo.build("llama"), RECIPE, layers=[0, 2])
+    report = surgery.calibrate(model, zoo.tokens(3, 20), tokens=50)
+    assert report.tokens == 60
+    data = report.to_dict()
+    assert [row["layer"] for row in data["layers"]] == [0, 2]
+    assert data["layers"][1]["path"] == "model.layers.2.self_attn"
+    assert list(data["layers"][0]["parts"]) == ["mix"]
+    assert report.table().row_count == 2
+    assert surgery.calibrate(model, zoo.tokens(3, 20), tokens=15).tokens == 20
+
+
+def test_padding_and_rows_of_several_documents_count_as_the_documents_do():
+    rows = [zoo.tokens(1, 30), zoo.tokens(1, 12, seed=1)]
+    padded = dict(zip(("input_ids", "attention_mask"), zoo.pad(rows, "right"), strict=True))
+    positions = torch.cat([torch.arange(30), torch.arange(12)])[None]
+    packed = {"input_ids": torch.cat(rows, 1), "position_ids": positions}
     found = []
-    hooks = [
-        layer.self_attn.o_proj.register_forward_pre_hook(lambda _, args: found.append(args[0].unflatten(-1, (4, -1))))
-        for layer in model.model.layers
-    ]
-    with torch.no_grad():
-        model(ids)
-    for hook in hooks:
-        hook.remove()
-    return found
+    for batches in (rows, padded, packed):
+        model = surgery.apply(zoo.build("llama"), RECIPE)
+        found.append((surgery.calibrate(model, batches), snapshot(model)))
+    for report, weights in found[1:]:
+        assert report.tokens == 42
+        for row, expected in zip(report.layers, found[0][0].layers, strict=True):
+            assert row.before == pytest.approx(expected.before, rel=1e-4)
+            assert row.after == pytest.approx(expected.after, rel=1e-3)
+        for name, expected in found[0][1].items():
+            assert torch.allclose(weights[name], expected, atol=0.05), name
 
 
-def test_outputs_get_the_size_of_the_teachers():
-    model, ids = zoo.build("llama"), zoo.tokens(2, 40)
-    before = [x.square().mean((0, 1, 3)).sqrt() for x in heads(model, ids)]
-    surgery.apply(model, {"mixer": {"kind": "norm"}})
-    assert surgery.calibrate(model, ids) is None
-    assert sorted(norms(model)) == [0, 1, 2]
-    for index, norm in norms(model).items():
-        assert torch.allclose(norm.gain, before[index], rtol=1e-5)
-        assert norm.gain.std() > 0
-    first = heads(model, ids)[0].square().mean((0, 1, 3)).sqrt()
-    assert torch.allclose(first, before[0], rtol=1e-2)
+def test_little_memory_changes_nothing(monkeypatch):
+    models = []
+    for memory in (1, calibration.MEMORY):
+        monkeypatch.setattr(calibration, "MEMORY", memory)
+        models.append(surgery.apply(zoo.build("llama"), RECIPE))
+        surgery.calibrate(models[-1], zoo.tokens(2, 30))
+    assert not changed(models[0], models[1].state_dict())
 
 
-def test_padding_does_not_count():
-    ids, mask = zoo.pad([zoo.tokens(1, 30), zoo.tokens(1, 12, seed=1)], "left")
-    models = [surgery.apply(zoo.build("llama"), {"mixer": {"kind": "norm"}}) for _ in range(2)]
-    surgery.calibrate(models[0], input_ids=ids, attention_mask=mask)
-    longer = torch.nn.functional.pad(ids, (5, 0)), torch.nn.functional.pad(mask, (5, 0))
-    surgery.calibrate(models[1], input_ids=longer[0], attention_mask=longer[1])
-    first = [norms(model)[0].gain for model in models]
-    assert torch.allclose(*first, rtol=1e-4)
-
-
-def test_models_without_norms_stay_as_they_are():
+def test_models_without_such_parts_stay_as_they_are():
     model = surgery.apply(zoo.build("llama"), "llama/liger-gla")
-    before = {name: x.clone() for name, x in model.state_dict().items()}
-    surgery.calibrate(model, zoo.tokens(1, 20))
-    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+    before = snapshot(model)
+    report = surgery.calibrate(model, zoo.tokens(1, 20))
+    assert not changed(model, before)
+    assert all(row.parts == () and row.before == row.after for row in report.layers)
     with pytest.raises(SurgeryError, match="not converted"):
         surgery.calibrate(zoo.build("llama"), zoo.tokens(1, 20))
+    with pytest.raises(SurgeryError, match="no batch"):
+        surgery.calibrate(model, [])
+
+
+def test_a_pretrained_model_predicts_better_at_once(data_dir):
+    folder = data_dir / "stories260k"
+    ids = torch.from_numpy(np.load(folder / "tinystories.tokens.npy").astype(np.int64))[: 8 * 256].view(8, 256)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    recipe = {"mixer": {"kind": "linear", "window": {"size": 16}, "mix": {"kind": "logmass"}}}
+    surgery.apply(model, recipe)
+
+    def nll() -> float:
+        with torch.no_grad():
+            return model(ids[4:], labels=ids[4:]).loss.item()
+
+    with surgery.mode(model, "teacher"):
+        teacher = nll()
+    before = nll()
+    report = surgery.calibrate(model, ids[:4], tokens=1024)
+    assert all(row.after < row.before for row in report.layers)
+    assert nll() - teacher < 0.8 * (before - teacher)
 
 
 def test_transnormer_is_diag_then_norm():

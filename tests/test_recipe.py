@@ -268,9 +268,20 @@ stages:
         ),
         ({"mixer": MIXER, "layers": [1, 2, 1]}, "recipe: layers: lists 1 more than once"),
         ({"mixer": MIXER, "layers": []}, "recipe: layers: "),
+        ({"mixer": MIXER, "layers": 3}, "recipe: layers: expected a valid list"),
+        ({"mixer": MIXER, "layers": {"auto": 0}}, "recipe: layers.auto: expected a value greater than 0"),
+        (
+            {"mixer": MIXER, "layers": {"auto": 2, "token": 5}},
+            "recipe: layers.token: unknown key; did you mean 'tokens'?",
+        ),
+        ({"mixer": MIXER, "layers": {"tokens": 5}}, "recipe: layers.auto: missing; it is required"),
+        (
+            {"mixer": None, "stages": [{"kind": "calibrate"}]},
+            "recipe: stages[0] calibrates a mixer before it is trained",
+        ),
         (
             {"mixer": MIXER, "stages": [3]},
-            "recipe: stages[0]: expected a mapping with `kind`: 'attention_transfer' or ",
+            "recipe: stages[0]: expected a mapping with `kind`: 'calibrate', 'attention_transfer' or ",
         ),
         (
             {"mixer": MIXER, "stages": [{"kind": "lora", "lr": 1e-3}]},

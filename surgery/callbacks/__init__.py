@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .attention_transfer import AttentionTransfer
     from .branch_monitor import BranchMonitor
+    from .calibration import Calibration
     from .domain_mixing import DomainMixing
     from .logit_distillation import LogitDistillation
     from .lora_unfreezing import LoRAUnfreezing
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AttentionTransfer",
     "BranchMonitor",
+    "Calibration",
     "DomainMixing",
     "LoRAUnfreezing",
     "LogitDistillation",
@@ -29,6 +31,7 @@ __all__ = [
 MODULES = {
     "AttentionTransfer": "attention_transfer",
     "BranchMonitor": "branch_monitor",
+    "Calibration": "calibration",
     "DomainMixing": "domain_mixing",
     "LoRAUnfreezing": "lora_unfreezing",
     "LogitDistillation": "logit_distillation",

@@ -8,9 +8,10 @@ from typing import Any
 
 from ..errors import SurgeryError
 from ..recipe import Recipe, load_recipe
-from ..training.stages import LanguageLoss, LoRA, StageConfig
+from ..training.stages import Calibrate, LanguageLoss, LoRA, TrainingStage
 from .attention_transfer import AttentionTransfer
 from .base import HealingCallback
+from .calibration import Calibration
 from .domain_mixing import domain_mixing
 from .logit_distillation import LogitDistillation
 from .lora_unfreezing import LoRAUnfreezing
@@ -33,22 +34,26 @@ def callbacks_for(
         SurgeryError: a stage is as long as a number of epochs, which only a run that knows the data can count.
     """
     found: list[HealingCallback] = []
-    for stage, start, stop in stage_steps(load_recipe(recipe), tokens_per_step):
+    recipe = load_recipe(recipe)
+    found += [Calibration(tokens=stage.tokens, model=model) for stage in recipe.stages if isinstance(stage, Calibrate)]
+    for stage, start, stop in stage_steps(recipe, tokens_per_step):
         found += stage_callbacks(stage, start, stop, lr=stage.lr, model=model)
         if isinstance(stage, LoRA) and stage.loss.kl:
             found.append(_distillation(stage.loss, start, stop, model))
     return found
 
 
-def stage_steps(recipe: Recipe, tokens_per_step: int) -> list[tuple[StageConfig, int, int]]:
-    """The stages in turn, each with the optimizer steps at which it starts and stops.
+def stage_steps(recipe: Recipe, tokens_per_step: int) -> list[tuple[TrainingStage, int, int]]:
+    """The stages that train in turn, each with the optimizer steps at which it starts and stops.
 
     Raises:
         SurgeryError: a stage is as long as a number of epochs.
     """
-    found: list[tuple[StageConfig, int, int]] = []
+    found: list[tuple[TrainingStage, int, int]] = []
     start = 0
     for index, stage in enumerate(recipe.stages):
+        if isinstance(stage, Calibrate):
+            continue  # takes no optimizer step
         if stage.tokens is None:
             raise SurgeryError(
                 f"stages[{index}] lasts {stage.epochs} epochs: give it tokens instead, as in "
@@ -74,7 +79,7 @@ def _distillation(loss: LanguageLoss, start: int, stop: int, model: str | None) 
 
 
 def stage_callbacks(
-    stage: StageConfig,
+    stage: TrainingStage,
     start: int = 0,
     stop: int | None = None,
     *,

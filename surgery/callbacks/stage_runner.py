@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from ..errors import SurgeryError
 from ..recipe import Recipe, load_recipe
 from ..training.rates import rate_factor
-from ..training.stages import LoRA, Plateau, StageConfig
+from ..training.stages import LoRA, Plateau, TrainingStage
 from .base import HealingCallback
 from .lora_unfreezing import LoRAUnfreezing
 from .recipes import callbacks_for, stage_steps
@@ -59,7 +59,7 @@ class StageRunner(HealingCallback):
     def steps(self) -> int:
         return self.stages[-1][2]
 
-    def stage(self, step: int) -> tuple[int, StageConfig, int, int]:
+    def stage(self, step: int) -> tuple[int, TrainingStage, int, int]:
         """Index, config, first step and step of the end of the stage that `step` is in."""
         index = next((i for i, (_, _, stop) in enumerate(self.stages) if step < stop), len(self.stages) - 1)
         return index, *self.stages[index]
@@ -142,7 +142,7 @@ class StageRunner(HealingCallback):
         for part in self.parts:
             getattr(part, hook, lambda *_: None)(*args)
 
-    def _set(self, optimizer: Optimizer, stage: StageConfig, step: int, steps: int) -> None:
+    def _set(self, optimizer: Optimizer, stage: TrainingStage, step: int, steps: int) -> None:
         """The recipe's settings for one step of a stage; a plateau schedule changes rates by itself after the first."""
         mixers = {id(p) for part in self.parts if isinstance(part, LoRAUnfreezing) for p in part.mixers}
         mixer_lr = stage.mixer_lr if isinstance(stage, LoRA) else None

@@ -8,13 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from ..kernels import Op
+
+if TYPE_CHECKING:
+    from .calibration import Sample
 
 State = dict[str, Tensor]
 """What a mixer carries from token to token: named tensors, batch first, of a size independent of the context."""
@@ -107,6 +111,14 @@ class AttentionContext:
         return torch.arange(self.q.shape[1], device=self.q.device) < self.lengths[:, None]
 
 
+@runtime_checkable
+class Calibrated(Protocol):
+    """A part of a mixer that can set itself by what the softmax attention of its layer does."""
+
+    def calibrate(self, mixer: Any, sample: Sample) -> None:
+        """Set own parameters beside what `mixer` is otherwise; whether that helps is for `Sample.improve` to see."""
+
+
 class Mixer(nn.Module):
     """Base of all mixers.
 
@@ -149,6 +161,14 @@ class Mixer(nn.Module):
 
     def reset_parameters(self) -> None:
         """Give every own parameter its documented initial value (children of a mixer do so themselves)."""
+
+    @torch.no_grad()
+    def calibrate(self, sample: Sample) -> None:
+        """Set parameters by closed forms so that the layer comes close to its softmax attention: every `Calibrated`
+        part in turn, in the order of the parts. What does not lower a head's error is taken back."""
+        for part in self.children():
+            if isinstance(part, Calibrated):
+                sample.improve(self, partial(part.calibrate, self, sample))
 
     def describe(self) -> str:
         """A few words for reports."""

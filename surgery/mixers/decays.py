@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field, PositiveFloat
@@ -11,8 +11,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..kernels.features import precise
-from .base import AttentionShape
-from .gates import Gate, GateBase, half_lives
+from .base import AttentionShape, Mixer
+from .gates import Gate, GateBase, half_lives, logit_of, pace
+
+if TYPE_CHECKING:
+    from .calibration import Sample
 
 
 class NoDecay(Gate):
@@ -53,6 +56,11 @@ class HeadDecay(Gate):
         with torch.no_grad():
             self.rate.copy_(self.config.decays(self.shape, self.rate.shape[0]).log())
 
+    def calibrate(self, mixer: Mixer, sample: Sample) -> None:
+        """See `pace`; decays that are not learned stay as published."""
+        if self.config.learned:
+            self.rate.copy_(pace(mixer, sample, self.rate.shape[0]).log())
+
     def forward(self, v: Tensor) -> Tensor:
         """[B, T, H_kv, D] -> log-gates [B, T, H_s], fp32."""
         return -precise(self.rate).exp().expand(*v.shape[:2], -1)
@@ -83,10 +91,14 @@ class HeadGate(Gate):
         spread = half_lives(self.bias.shape[0], self.config.shortest, self.config.longest).double()
         with torch.no_grad():
             self.weight.zero_()
-            # logit(α) of α = 2^(-1 / half-life)
-            self.bias.copy_(-torch.expm1(math.log(2) / spread).log())
+            self.bias.copy_(logit_of(math.log(2) / spread))
             if self.log_power is not None:
                 self.log_power.zero_()
+
+    def calibrate(self, mixer: Mixer, sample: Sample) -> None:
+        """The bias gives every head the decay of `pace`."""
+        rate = pace(mixer, sample, self.bias.shape[0])
+        self.bias.copy_(logit_of(rate if self.log_power is None else rate / self.log_power.double().exp()))
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[B, T, C] -> log-gates [B, T, H_s], fp32."""

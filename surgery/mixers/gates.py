@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt
@@ -11,7 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..kernels.features import precise
-from .base import AttentionShape, Config
+from .base import AttentionShape, Config, Mixer
+
+if TYPE_CHECKING:
+    from .calibration import Sample
 
 
 class Gate(nn.Module):
@@ -91,6 +94,11 @@ class ConstantGate(ChannelGate):
         with torch.no_grad():
             self.rate.copy_((math.log(2) / spread).log().expand_as(self.rate))
 
+    def calibrate(self, mixer: Mixer, sample: Sample) -> None:
+        """All half-lives of a head times one factor: see `pace`."""
+        now = self.rate.double().mean(1)
+        self.rate.add_((pace(mixer, sample, self.rate.shape[0]).log() - now).to(self.rate.dtype).unsqueeze(1))
+
     def forward(self, v: Tensor) -> Tensor:
         """[B, T, H_kv, D] -> log-gates of the same shape, fp32."""
         return -precise(self.rate).exp().expand(v.shape)
@@ -126,6 +134,13 @@ class LowRankGate(ChannelGate):
             self.up.zero_()
             self.bias.copy_(torch.logit(alpha, eps=1e-7).repeat(self.bias.numel() // self.head_dim))
 
+    def calibrate(self, mixer: Mixer, sample: Sample) -> None:
+        """All half-lives that the bias gives to a head times one factor: see `pace`."""
+        rate = -functional.logsigmoid(self.bias.double()).view(-1, self.head_dim) / self.config.normalizer
+        factor = pace(mixer, sample, rate.shape[0]) / rate.log().mean(1).exp()
+        wanted = rate * factor.unsqueeze(1) * self.config.normalizer
+        self.bias.copy_(logit_of(wanted).flatten())
+
     def forward(self, raw_k: Tensor) -> Tensor:
         """[B, T, H_kv, D] -> log-gates of the same shape, fp32."""
         down, up, bias = precise(self.down), precise(self.up), precise(self.bias)
@@ -140,6 +155,17 @@ class LowRankGate(ChannelGate):
 def half_lives(count: int, shortest: float, longest: float) -> Tensor:
     """[count] numbers of tokens, evenly spaced in the logarithm."""
     return torch.logspace(math.log2(shortest), math.log2(longest), count, base=2.0, device="cpu")
+
+
+def pace(mixer: Mixer, sample: Sample, heads: int) -> Tensor:
+    """[heads] fp64, -log α per token of an exponential decay that looks as far back on average as the softmax attention
+    does beyond the window: one over its mean distance, which makes for a half-life of log 2 times that."""
+    return 1 / sample.distance(mixer, heads).clamp(min=1)
+
+
+def logit_of(rate: Tensor) -> Tensor:
+    """The logit of α = exp(-rate)."""
+    return -torch.expm1(rate).log()
 
 
 class ConstantGateConfig(GateBase):

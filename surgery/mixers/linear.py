@@ -192,3 +192,7 @@ class RawLinearMixer(LinearMixer):
 
     def linear_inputs(self, context: AttentionContext) -> tuple[Tensor | None, Tensor | None]:
         return context.raw_q, context.raw_k
+
+    def queries(self, context: AttentionContext) -> Tensor:
+        assert context.raw_q is not None
+        return context.raw_q

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -12,6 +12,10 @@ from torch import Tensor, nn
 from ..kernels import Joint, LogMass
 from ..kernels.features import precise
 from .base import AttentionShape, Config
+from .windows import Windowed
+
+if TYPE_CHECKING:
+    from .calibration import Sample
 
 
 class JointMix(nn.Module):
@@ -36,6 +40,13 @@ class JointMix(nn.Module):
         """γ = factor."""
         with torch.no_grad():
             self.window_factor.fill_(math.log(self.factor / (1 - self.factor)))
+
+    def calibrate(self, mixer: Windowed, sample: Sample) -> None:
+        """The γ of least squares, as far as it is below one; a γ that is not learned stays."""
+        if isinstance(self.window_factor, nn.Parameter):
+            linear = sample.balance(mixer, self.window_factor, far=-40.0).squeeze(1)
+            log_gamma = nn.functional.logsigmoid(self.window_factor.double()) - linear
+            self.window_factor.copy_(torch.logit(log_gamma.exp(), eps=1e-4))
 
     def forward(self) -> Joint:
         """What `hybrid_attention` needs."""
@@ -69,6 +80,12 @@ class LogMassMix(nn.Module):
             for parameter in (self.q_weight, self.k_weight, self.k_bias):
                 parameter.zero_()
             self.q_bias.fill_(-math.log(self.mass))
+
+    def calibrate(self, mixer: Windowed, sample: Sample) -> None:
+        """q_weight and q_bias of least squares."""
+        change = sample.balance(mixer, self.q_bias, far=40.0, inputs=mixer.queries)
+        self.q_weight.add_(change[:, :-1].to(self.q_weight.dtype))
+        self.q_bias.add_(change[:, -1].to(self.q_bias.dtype))
 
     def forward(self) -> LogMass:
         """What `hybrid_attention` needs."""

@@ -15,7 +15,7 @@ class NormConfig(RecurrentConfig):
     """y = gain · rms_norm(φ(q) Σ φ(k)ᵀv) per head (arXiv 2210.10340): see `RecurrentConfig` and `HeadNorm`.
 
     No score can blow its gradient up, as dividing by their sum does. TransNormer norms all heads together; apart, they
-    keep the sizes that `surgery.calibrate` gives them.
+    keep the gains that a calibration gives them.
     """
 
     kind: Literal["norm"] = "norm"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from pydantic import model_validator
@@ -12,10 +12,13 @@ from .. import kernels
 from ..kernels import Features
 from ..kernels.features import precise
 from .averaged import AveragedConfig, AveragedMixer
-from .base import AttentionContext, AttentionShape, Run, State
+from .base import AttentionContext, AttentionShape, Mixer, Run, State
 from .feature_maps import FeatureMapConfig, SoftmaxConfig
 from .gates import GateBase
 from .linear import check_positive, check_state
+
+if TYPE_CHECKING:
+    from .calibration import Sample
 
 
 class RecurrentConfig(AveragedConfig):
@@ -56,9 +59,14 @@ class HeadNorm(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """One: every output has unit size. `surgery.calibrate` gives it that of the teacher's heads."""
+        """One: every output has unit size."""
         with torch.no_grad():
             self.gain.fill_(1)
+
+    def calibrate(self, mixer: Mixer, sample: Sample) -> None:
+        """The gain of least squares, but no less than a tenth of the size of the softmax attention's head, so that what
+        is of no use at first can still learn."""
+        self.gain.copy_(sample.gain(mixer, self.gain).maximum(0.1 * sample.size))
 
     def forward(self, y: Tensor) -> Tensor:
         """[B, T, H, D] -> the same, in y's dtype."""

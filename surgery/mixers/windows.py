@@ -55,6 +55,10 @@ class Windowed(Composed):
             return window
         return window._replace(size=reach) if reach else Window(0)
 
+    def queries(self, context: AttentionContext) -> Tensor:
+        """[B, T, H, D], as a mix sees them."""
+        return context.q
+
     @property
     def window_alone(self) -> bool:
         """Whether the linear branch is off."""

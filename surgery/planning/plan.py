@@ -12,8 +12,8 @@ from ..errors import SurgeryError
 from ..kernels import dispatch
 from ..operate import _choose
 from ..patchers.sites import base_model_type
-from ..recipe import Recipe
-from ..training.stages import LoRA, StageConfig
+from ..recipe import AutoLayers, Recipe
+from ..training.stages import LoRA, TrainingStage
 from .hardware import (
     BANDWIDTH_EFFICIENCY,
     DISK_BANDWIDTH,
@@ -169,9 +169,9 @@ def plan(config: PretrainedConfig, recipe: Recipe, request: Request | None = Non
     if config.model_type != base_model_type(config):
         raise SurgeryError(f"a {config.model_type} model is already converted: plan for the model it was made from")
     layers = config.num_hidden_layers
-    converted = 0 if recipe.mixer is None else len(_choose(recipe.layers, layers))
+    converted = 0 if recipe.mixer is None else _converted(recipe.layers, layers)
     stages, numbers = [], {}
-    for index, stage in enumerate(recipe.stages):
+    for index, stage in enumerate(recipe.training):
         if request.tokens_per_batch is None and _strategy(stage, request) in ("ddp", "fsdp"):
             stage = stage.on(request.gpus)
         measured = _measured(config, recipe, index, stage, request, converted, layers - converted)
@@ -191,7 +191,11 @@ def plan(config: PretrainedConfig, recipe: Recipe, request: Request | None = Non
     )
 
 
-def _strategy(stage: StageConfig, request: Request) -> str:
+def _converted(wanted: list[int] | AutoLayers | None, layers: int) -> int:
+    return layers - wanted.auto if isinstance(wanted, AutoLayers) else len(_choose(wanted, layers))
+
+
+def _strategy(stage: TrainingStage, request: Request) -> str:
     """Blocks learn apart only while attention is transferred."""
     return "fsdp" if request.strategy == "blockwise" and isinstance(stage, LoRA) else request.strategy
 
@@ -200,7 +204,7 @@ def _measured(
     config: PretrainedConfig,
     recipe: Recipe,
     index: int,
-    stage: StageConfig,
+    stage: TrainingStage,
     request: Request,
     converted: int,
     softmax: int,
@@ -219,7 +223,7 @@ def _measured(
     return per_layer(lambda some, others: measure(step, some, others), converted, softmax, kinds)
 
 
-def _rows(stage: StageConfig, request: Request) -> int:
+def _rows(stage: TrainingStage, request: Request) -> int:
     if request.tokens_per_batch is None:
         return stage.batch_size
     rows, rest = divmod(request.tokens_per_batch, stage.sequence_length)
@@ -231,7 +235,7 @@ def _rows(stage: StageConfig, request: Request) -> int:
 
 
 def _stage_plan(
-    index: int, stage: StageConfig, request: Request, layers: PerLayer, converted: int, softmax: int, hidden: int
+    index: int, stage: TrainingStage, request: Request, layers: PerLayer, converted: int, softmax: int, hidden: int
 ) -> StagePlan:
     transfer = not isinstance(stage, LoRA)
     strategy = _strategy(stage, request)
@@ -273,7 +277,7 @@ def _stage_plan(
     )
 
 
-def _step_seconds(numbers: Numbers, stage: StageConfig, strategy: str, request: Request) -> float:
+def _step_seconds(numbers: Numbers, stage: TrainingStage, strategy: str, request: Request) -> float:
     """Of one optimizer step."""
     gpu, gpus = find_gpu(request.gpu), request.gpus
     link = gpu.link * LINK_EFFICIENCY
@@ -292,7 +296,7 @@ def _step_seconds(numbers: Numbers, stage: StageConfig, strategy: str, request: 
 
 
 def _blockwise_speed(
-    speed: float, whole: Numbers, blocks: int, stage: StageConfig, request: Request, hidden: int
+    speed: float, whole: Numbers, blocks: int, stage: TrainingStage, request: Request, hidden: int
 ) -> float:
     """Tokens per second through all blocks. speed: of one block on one device.
 

@@ -66,7 +66,7 @@ def measure(step: Step, converted: int, softmax: int) -> Numbers:
     with torch.device("meta"):
         model = stage_model(step, converted, softmax)
     found = _counts(model)
-    stage = step.recipe.stages[step.index]
+    stage = step.recipe.training[step.index]
     callbacks = stage_callbacks(stage.model_copy(update={"mixing": None}))
     transfer = next((callback for callback in callbacks if isinstance(callback, AttentionTransfer)), None)
     with FakeTensorMode(), _without_values(stage.packing == "documents"), _as_on_a_gpu(), _on_shapes(model):
@@ -96,7 +96,7 @@ def stage_model(step: Step, converted: int, softmax: int) -> PreTrainedModel:
     model = AutoModelForCausalLM.from_config(config, dtype=config.dtype)
     if converted:
         install(model, step.recipe, tuple(range(converted)))
-    stages = step.recipe.stages[: step.index + 1]
+    stages = step.recipe.training[: step.index + 1]
     first = next((stage for stage in stages if isinstance(stage, LoRA)), None)
     lora: list[nn.Parameter] = []
     if first is not None:
@@ -142,7 +142,7 @@ def _materialize(model: nn.Module) -> None:
 def stage_batch(step: Step) -> dict[str, Tensor]:
     """What the data gives `HealingModule`."""
     names = ["input_ids", "labels"]
-    if step.recipe.stages[step.index].packing == "documents":
+    if step.recipe.training[step.index].packing == "documents":
         names.append("position_ids")
     return {name: torch.zeros(step.batch, step.length, dtype=torch.long) for name in names}
 

@@ -34,9 +34,9 @@ model = AutoModelForCausalLM.from_pretrained("FOLDER")  # this one
 |---|---|---|---|---|---|
 {stages}
 
-The validation loss of an attention-transfer stage is its own loss, that of others nats per token, before the adapters
-were merged; merging moved the logits by {drift:.1e} of the largest. `metrics.csv` has every step, `delta.safetensors`
-what was learned (mixers and adapters) without the base weights.
+The validation loss of an attention-transfer stage is its own loss, that of a calibration the mean error of its layers,
+that of others nats per token, before the adapters were merged; merging moved the logits by {drift:.1e} of the largest.
+`metrics.csv` has every step, `delta.safetensors` what was learned (mixers and adapters) without the base weights.
 
 Data: {data}
 

@@ -17,10 +17,9 @@ from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from .. import adapters, hub
-from ..calibration import calibrate, norms
 from ..callbacks import AttentionTransfer, BranchMonitor, DomainMixing
 from ..callbacks.base import HealingCallback
 from ..callbacks.lora_unfreezing import ADAPTER
@@ -32,21 +31,22 @@ from ..patchers.sites import projections
 from ..recipe import Recipe
 from ..sharding import units
 from .blockwise import Relay, train_blocks
+from .calibrate import calibrated
 from .card import model_card
-from .data.corpus import OnError, open_corpora
+from .data.corpus import OnError
 from .data.module import HealingData
 from .data.sources import open_source
 from .delta import load_delta, save_delta
+from .layers import layers_of
 from .mixing import DomainSampler
 from .module import HealingModule
 from .processes import Team, join
 from .run import Run, StageResult, write_csv, write_text
 from .stages import AttentionTransfer as Transfer
-from .stages import LoRA, Plateau, StageConfig, TemperatureMixing
+from .stages import Calibrate, LoRA, Plateau, StageConfig, TemperatureMixing, TrainingStage
 from .strategy import Sharding, Strategy, sharded
+from .text import Say, StageData, config_of, tokenizer_of
 from .watch import Checkpoints, Validation, Watch
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -100,8 +100,8 @@ def convert(
     if not recipe.stages:
         raise SurgeryError("the recipe has no stages, so there is nothing to run: surgery.apply alone converts a model")
     team = join(options.devices, options.nodes, options.cpu)
-    for stage in recipe.stages:
-        _own(stage, team)
+    for training in recipe.training:
+        _own(training, team)
     say = say if team.leads else lambda line: None
     run = Run(Path(out), team)
     request = team.led(lambda: _begin(run, str(model), recipe, data, validation, options, say))
@@ -109,18 +109,16 @@ def convert(
     if torch.cuda.is_available():
         torch.set_float32_matmul_precision("high")  # mixers compute in fp32: training affords tf32, measuring does not
     torch.manual_seed(options.seed)
-    network, tokenizer = _load(str(model), recipe), _tokenizer(str(model))
-    rows = team.in_turn(lambda: StageData(data, validation, tokenizer, network.config.get_text_config(), options, say))
-    if norms(network) and not run.delta(0).exists():
-        sample = _sample(rows, recipe.stages[0], network)
-        say(f"calibrating the output norms on {sample.numel()} tokens")
-        calibrate(network, sample)
+    tokenizer, config = tokenizer_of(str(model)), config_of(str(model))
+    rows = team.in_turn(lambda: StageData(data, validation, tokenizer, config, options, say))
+    layers = team.led(lambda: layers_of(str(model), recipe, rows, run, options.cpu))
+    network = _load(str(model), recipe, layers)
     results = []
     for index, stage in enumerate(recipe.stages):
         say(f"stage {index + 1} of {len(recipe.stages)}: {stage.kind}")
         results.append(_stage(network, index, stage, rows, run, options, say))
         if units(network) and (team.leads or index + 1 < len(recipe.stages)):  # adapters take a whole model
-            network = _load(str(model), recipe)
+            network = _load(str(model), recipe, layers)
             load_delta(network, run.delta(index))
     device = "cpu" if options.cpu else "cuda"  # lightning leaves it on the cpu
     team.led(lambda: _finish(network.to(device), tokenizer, recipe, results, run, request, rows, say))
@@ -151,38 +149,7 @@ def _begin(
     return request
 
 
-class StageData:
-    """The text as rows of tokens, for every stage at its own length."""
-
-    def __init__(
-        self,
-        data: Sequence[str | Path],
-        held: Sequence[str | Path],
-        tokenizer: Any,
-        config: PreTrainedConfig,
-        options: Options,
-        say: Say,
-    ) -> None:
-        eos = config.eos_token_id if tokenizer is None and isinstance(config.eos_token_id, int) else None
-        how: dict[str, Any] = {"vocab_size": config.vocab_size, "column": options.column, "eos": eos, "report": say}
-        how |= {"on_error": options.on_error, "progress": options.progress}
-        self.corpora = open_corpora(data, tokenizer, **how)
-        self.held = open_corpora(held, tokenizer, **how) if held else []
-        self.seed = options.seed
-
-    def at(self, stage: StageConfig) -> HealingData:
-        return HealingData(
-            self.corpora,
-            validation=self.held,
-            sequence_length=stage.sequence_length,
-            batch_size=stage.batch_size,
-            packing=stage.packing,
-            by_domain=stage.mixing is not None,
-            seed=self.seed + stage.seed,
-        )
-
-
-def steps_of(stage: StageConfig, rows: int) -> int:
+def steps_of(stage: TrainingStage, rows: int) -> int:
     """Optimizer steps of a stage that has `rows` rows to train on, at least one."""
     wanted = (stage.epochs or 0) * rows if stage.tokens is None else stage.tokens / stage.sequence_length
     return max(1, round(wanted / (stage.batch_size * stage.accumulate)))
@@ -196,18 +163,11 @@ def _digests(sources: Sequence[str | Path]) -> dict[str, str]:
     return {str(source): open_source(source).digest() for source in sources}
 
 
-def _load(model: str, recipe: Recipe) -> PreTrainedModel:
+def _load(model: str, recipe: Recipe | None = None, layers: list[int] | None = None) -> PreTrainedModel:
     with loading("model", model):
-        if recipe.mixer is not None:
-            return hub.from_pretrained(model, recipe, dtype="auto")
+        if recipe is not None and recipe.mixer is not None:
+            return hub.from_pretrained(model, recipe, layers=layers, dtype="auto")
         return AutoModelForCausalLM.from_pretrained(model, dtype="auto")
-
-
-def _tokenizer(model: str) -> Any:
-    try:
-        return AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError):
-        return None  # pre-tokenised data needs none
 
 
 def adapter_of(stage: LoRA, network: PreTrainedModel) -> dict[str, Any]:
@@ -232,6 +192,8 @@ def _stage(
             network, index, stage, rows, run, options, say, relay, part
         )
         result = train_blocks(network, stage.blockwise, run, index, options.save_every, train)
+    elif isinstance(stage, Calibrate):
+        result = team.led(lambda: calibrated(network, stage, rows.at(stage), options.cpu, say))
     else:
         result = _train(network, index, stage, rows, run, options, say)
     if team.leads:
@@ -239,12 +201,14 @@ def _stage(
     adapter = adapter_of(stage, network) if isinstance(stage, LoRA) else None
     save_delta(network, delta, adapter, write=team.leads)
     team.wait()
+    if isinstance(stage, Calibrate) and not team.leads:
+        load_delta(network, delta)
     if team.leads:
         run.checkpoint(index).unlink(missing_ok=True)
     return result
 
 
-def _own(stage: StageConfig, team: Team) -> StageConfig:
+def _own(stage: TrainingStage, team: Team) -> TrainingStage:
     """What this process does of a stage; a block of layers sees all rows."""
     return stage if isinstance(stage, Transfer) and stage.blockwise is not None else stage.on(team.world)
 
@@ -252,7 +216,7 @@ def _own(stage: StageConfig, team: Team) -> StageConfig:
 def _train(
     network: PreTrainedModel,
     index: int,
-    stage: StageConfig,
+    stage: TrainingStage,
     rows: StageData,
     run: Run,
     options: Options,
@@ -294,7 +258,7 @@ def _train(
     )
 
 
-def _callbacks(stage: StageConfig, data: HealingData, options: Options) -> list[HealingCallback]:
+def _callbacks(stage: TrainingStage, data: HealingData, options: Options) -> list[HealingCallback]:
     """Of a stage; what mixes domains also decides which rows come."""
     if stage.mixing is None:
         return stage_callbacks(stage)

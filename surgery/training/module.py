@@ -19,7 +19,7 @@ from .distillation import distill
 from .head import head_of
 from .losses import cross_entropy
 from .rates import rate_factor
-from .stages import LoRA, Plateau, StageConfig
+from .stages import LoRA, Plateau, TrainingStage
 
 
 class HealingModule(LightningModule):
@@ -32,7 +32,7 @@ class HealingModule(LightningModule):
     def __init__(
         self,
         model: PreTrainedModel,
-        stage: StageConfig,
+        stage: TrainingStage,
         *,
         steps: int,
         transfer: AttentionTransfer | None = None,

@@ -76,7 +76,7 @@ class Run:
     def metrics(self) -> list[dict[str, str]]:
         """All rows that were logged, of all stages; steps that were taken again count once."""
         rows: list[dict[str, str]] = []
-        for stage, attempts in enumerate(self._logs()):
+        for stage, attempts in self._logs():
             kept: list[dict[str, str]] = []
             for attempt in attempts:
                 if attempt:
@@ -85,15 +85,19 @@ class Run:
             rows += [{"stage": str(stage), **row} for row in kept]
         return rows
 
-    def _logs(self) -> Iterable[list[list[dict[str, str]]]]:
-        stage = 0
-        while files := sorted((self.folder / "logs" / "csv").glob(f"stage-{stage}.*/metrics.csv"), key=_attempt):
-            yield [list(csv.DictReader(file.read_text(encoding="utf-8").splitlines())) for file in files]
-            stage += 1
+    def _logs(self) -> Iterable[tuple[int, list[list[dict[str, str]]]]]:
+        files = list((self.folder / "logs" / "csv").glob("stage-*.*/metrics.csv"))
+        for stage in sorted({_stage(file) for file in files}):
+            own = sorted((file for file in files if _stage(file) == stage), key=_attempt)
+            yield stage, [list(csv.DictReader(file.read_text(encoding="utf-8").splitlines())) for file in own]
 
 
 def _name(stage: int, block: int | None) -> str:
     return f"stage-{stage}" if block is None else f"stage-{stage}.block-{block}"
+
+
+def _stage(file: Path) -> int:
+    return int(file.parent.name.removeprefix("stage-").partition(".")[0])
 
 
 def _attempt(file: Path) -> int:

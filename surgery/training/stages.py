@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import (
     Field,
@@ -251,4 +251,21 @@ class LoRA(Stage):
     loss: LanguageLoss = LanguageLoss(cross_entropy=1.0)
 
 
-StageConfig = Annotated[AttentionTransfer | LoRA, Field(discriminator="kind")]
+class Calibrate(Config):
+    """Before any training: let mixers set themselves by closed forms on so many tokens (`surgery.calibrate`).
+
+    sequence_length: rows as long as in later use tell gates most. batch_size, seed, packing: as for other stages.
+    """
+
+    kind: Literal["calibrate"] = "calibrate"
+    tokens: PositiveInt = 4096
+    batch_size: PositiveInt = 1
+    sequence_length: PositiveInt = 1024
+    seed: NonNegativeInt = 0
+    packing: Literal["stream", "documents"] = "stream"
+
+    mixing: ClassVar[None] = None
+
+
+TrainingStage = AttentionTransfer | LoRA
+StageConfig = Annotated[Calibrate | AttentionTransfer | LoRA, Field(discriminator="kind")]

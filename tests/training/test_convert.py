@@ -122,15 +122,49 @@ def test_killed_in_every_stage_it_ends_with_the_same_weights(inputs, whole, tmp_
     assert {(row["stage"], row["step"]) for row in rows} == {(row["stage"], row["step"]) for row in uninterrupted}
 
 
-def test_output_norms_start_with_the_size_of_the_teachers_heads(inputs, tmp_path):
-    stage = {"kind": "attention_transfer", **STAGE, "tokens": 64, "lr": 1e-9}
-    recipe = surgery.load_recipe({"mixer": {"kind": "norm"}, "stages": [stage]})
-    said = []
-    convert(inputs / "model", recipe, [inputs / "text.npy"], tmp_path / "out", say=said.append)
-    assert any("calibrating the output norms on 16 tokens" in line for line in said)
-    gains = torch.stack([x for name, x in weights(tmp_path / "out").items() if name.endswith("norm.gain")])
-    assert gains.shape == (3, 4)
-    assert ((gains - 1).abs() > 1e-3).all()
+CALIBRATED = {
+    "mixer": {"kind": "linear", "window": {"size": 4}, "mix": {"kind": "logmass"}},
+    "stages": [
+        {"kind": "calibrate", "tokens": 64, "sequence_length": 16},
+        {"kind": "attention_transfer", **STAGE, "tokens": 2 * 2 * 16 * 3, "lr": 1e-9},
+    ],
+}
+DIES = """
+import os, signal, sys, torch
+torch.set_num_threads(1)
+import surgery
+from surgery.training import calibrate, convert
+
+run = calibrate.calibrate
+calibrate.calibrate = lambda *args, **kwargs: (run(*args, **kwargs), os.kill(os.getpid(), signal.SIGKILL))
+convert.convert(sys.argv[1], surgery.load_recipe(sys.argv[2]), [sys.argv[3]], sys.argv[4])
+"""
+
+
+def test_killed_while_it_calibrates_it_ends_with_the_same_weights(inputs, tmp_path):
+    (tmp_path / "recipe.yaml").write_text(json.dumps(CALIBRATED))
+    paths = [inputs / "model", tmp_path / "recipe.yaml", inputs / "text.npy", tmp_path / "killed"]
+    process = subprocess.run([sys.executable, "-c", DIES, *map(str, paths)], capture_output=True, text=True)
+    assert process.returncode == -signal.SIGKILL, process.stderr
+    assert (tmp_path / "killed.run").is_dir()
+    recipe, said = surgery.load_recipe(tmp_path / "recipe.yaml"), []
+    for name in ("killed", "whole"):
+        convert(inputs / "model", recipe, [inputs / "text.npy"], tmp_path / name, say=said.append)
+    found, expected = weights(tmp_path / "killed"), weights(tmp_path / "whole")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    healing = json.loads((tmp_path / "whole" / "healing.json").read_text())
+    stage, transfer = healing["stages"]
+    assert (stage["kind"], stage["steps"], stage["tokens"]) == ("calibrate", 0, 64)
+    (_, before), (_, after) = stage["losses"]
+    assert after < before
+    assert any("layers.1.self_attn: error" in line for line in said)
+    assert {row["stage"] for row in csv.DictReader((tmp_path / "whole" / "metrics.csv").open())} == {"1"}
+    # the rates of what follows are too small to move it
+    model = AutoModelForCausalLM.from_pretrained(inputs / "model")
+    surgery.apply(model, recipe)
+    weight = "model.layers.0.self_attn.mixer.mix.q_weight"
+    assert not torch.allclose(expected[weight], model.state_dict()[weight], atol=1e-2)
 
 
 def test_the_result_is_a_whole_checkpoint(inputs, whole):

@@ -51,7 +51,7 @@ def attention_cross_entropy(
         scores = shared(queries[:, :, part], keys[:, :, :stop].mT)
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
-        visible, near, teacher = _pairs(rank, part, window, limit)
+        visible, near, teacher = pairs(rank, part, window, limit)
         log_a = shared(phi_q[:, :, part], phi_k[:, :, :stop].mT).clamp(min=SMALLEST).log()
         if log_q is not None and log_k is not None:
             mass = log_k[:, :stop].transpose(1, 2).repeat_interleave(log_a.shape[1] // log_k.shape[2], 1)
@@ -81,7 +81,7 @@ def ranks(tokens: int, segments: Tensor | None, device: torch.device) -> tuple[T
     return start, position - start
 
 
-def _pairs(
+def pairs(
     rank: tuple[Tensor, Tensor], part: slice, window: Window | None, limit: int | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Bool [B or 1, 1, rows, keys], three times: pairs of one document with the key not after the query; those that
