@@ -236,10 +236,3 @@ def _attention(
     if not return_state:
         return y, None
     return y, {"S": S} if z is None else {"S": S, "z": z}
-
-
-def _features(features: Features, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """φ(x), rounded; x itself, not by way of fp32, where there is nothing to do."""
-    if features.name == "identity" and all(option is None for option in features[1:]):
-        return x.to(dtype)
-    return maps.apply(features, x).to(dtype)
