@@ -128,7 +128,7 @@ def _forward(
     *prepared, states, zs = call.made()
     made = Prepared(*prepared)
     if not call.fused:
-        prepare[call.chunks, k.shape[2], batch](
+        prepare[k.shape[2], call.chunks, batch](
             q, k, log_gate, *made, tokens, scale, **call.told(prepare, call.tile(configs.PREPARE))
         )
     tile = call.tile(configs.SWEEP)

@@ -30,9 +30,10 @@ def prepare(
 ):  # fmt: skip
     """Queries, scaled, and keys times their factors; whether one cut will do for the chunk (1) or not (0); and factors
     [2, F] of the state per chunk: up to the cut, and from the end back to the cut, as far as keys are past it."""
-    n, head, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    # heads are neighbours in memory
+    head, n, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     row, live = b * T + n * C, T - n * C
-    at = (b * H_S + head) * tl.num_programs(0) + n
+    at = (b * H_S + head) * tl.num_programs(1) + n
     gates = load_gates(gate_ptr, row, live, head, 0, H_S, F_WIDTH, C, F, EXACT)
     # loaded before gates are summed, for more bytes on their way
     k = load_rows(k_ptr, row, live, head, 0, H_S, F_WIDTH, C, F, INTERPRET)
