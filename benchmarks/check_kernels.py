@@ -54,7 +54,8 @@ ALLOWED: dict[str, tuple[int, str]] = {
     # of gated and linear attention and the delta rule; those of y and dv hold for all kinds of gates
     # normalised ones keep what rounding takes, which is most of it
     "y": (2500, UNTUNED), "dq": (1300, UNTUNED), "dk": (1600, FASTEST), "dv": (2000, UNTUNED), "dqk": (600, UNTUNED),
-    "fused y": (300, UNTUNED), "dS": (100, UNTUNED), "far y": (10**6, RARE), "far dqk": (10**6, RARE), "far dv": (10**6, RARE),
+    "fused y": (300, UNTUNED), "dS": (100, UNTUNED),
+    "far y": (10**6, RARE), "far dqk": (10**6, RARE), "far dv": (10**6, RARE),
     # of windows and hybrids
     "tile_outputs": (100, FASTEST), "query_gradients": (1100, FASTEST), "feature_gradients": (500, FASTEST),
     "key_gradients": (1000, FASTEST), "sink_gradients": (900, UNTUNED),
