@@ -19,7 +19,7 @@ from benchmarks.check_kernels import SHARED, judge
 from benchmarks.launches import Launch, recorded
 from surgery import kernels
 from surgery.kernels import Features, Joint, LogMass, Window, linear_state, window_state
-from surgery.kernels.triton import hedgehog, hybrid, mixed, transfer
+from surgery.kernels.triton import decay, hedgehog, mixed, transfer
 
 HEADS, KV_HEADS, TOKENS = 32, 8, 192
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -77,7 +77,7 @@ def launches(
         if only and name not in only:
             continue
         # on a machine without a GPU operations take tensors only for the interpreter
-        free, roomy = patch.object(hybrid, "INTERPRET", True), patch.object(transfer, "room", lambda _: room)
+        free, roomy = patch.object(decay, "INTERPRET", True), patch.object(transfer, "room", lambda _: room)
         swept = patch.object(mixed, "FEW", 0 if "swept" in name else mixed.FEW)
         with free, roomy, swept, recorded(mixed, hedgehog, transfer) as found:
             result = op.triton(**arguments)

@@ -19,7 +19,7 @@ from triton.compiler import ASTSource
 from benchmarks.check_kernels import SHARED, assembled
 from surgery import kernels
 from surgery.kernels import Features, Joint, LogMass, Window, linear_state, window_state
-from surgery.kernels.triton import mixed_step, steps
+from surgery.kernels.triton import decay, mixed_step, steps
 
 TYPES = {
     torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64",
@@ -121,7 +121,7 @@ def main(arguments: list[str] | None = None) -> int:
     recorders = {"linear_kernel": Recorder(steps.linear_kernel), "mixed_kernel": Recorder(mixed_step.mixed_kernel)}
     steps.linear_kernel, mixed_step.mixed_kernel = recorders.values()
     # the interpreter's part of a machine without a GPU: nothing is launched
-    steps.INTERPRET = True
+    decay.INTERPRET = True
     print("sm    D dtype step             registers spills smem/K")
     for arch in chosen.arch:
         for dim in chosen.dim:
