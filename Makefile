@@ -28,6 +28,7 @@ format: $(STAMP)
 # compiles for GPUs, on any machine
 check-kernels: $(STAMP)
 	$(BIN)/python -m benchmarks.check_kernels
+	$(BIN)/python -m benchmarks.check_mixed
 	$(BIN)/python -m benchmarks.check_steps
 
 $(STAMP): pyproject.toml constraints.txt scripts/install.py

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +27,7 @@ from transformers.modeling_utils import AttentionInterface
 import surgery
 from surgery.cache import RecurrentLayer
 from surgery.doctor import environment
+from surgery.evaluation.provenance import source
 
 ROOT = Path(__file__).resolve().parents[1]
 SOFTMAX, WHOLE = "softmax", "whole_cache"
@@ -202,7 +202,7 @@ def report(result: dict[str, Any]) -> str:
     shape = ", ".join(f"{name} {value}" for name, value in result["shape"].items())
     crossed = ["| " + " | ".join(map(str, x.values())) + " |" for x in result["crossovers"]]
     return (
-        f"{versions}; commit {result['commit']}.\n\n{shape}. Converted models take the same time at any context.\n\n"
+        f"{versions}; {result['source']}.\n\n{shape}. Converted models take the same time at any context.\n\n"
         + table(COLUMNS, [line(row) for row in result["rows"]])
         + "\n"
         + table(["model", "batch", "mode", "faster from a context of"], crossed)
@@ -249,11 +249,10 @@ def main(given: list[str] | None = None) -> dict[str, Any]:
         for batch in chosen.batches
         for mode in modes
     ]
-    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     names = ("layers", "hidden", "intermediate", "heads", "kv_heads", "head_dim", "vocab", "dtype")
     result = {
         "environment": environment(),
-        "commit": done.stdout.strip() or "unknown",
+        "source": source(),
         "shape": {name: getattr(chosen, name) for name in names},
         "crossovers": crossovers,
         "rows": rows,

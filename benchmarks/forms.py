@@ -1,54 +1,22 @@
 """The form search: which mix, gate, rotation, loss and stage split gives most, each row beside its own control.
 
-    python -m benchmarks.forms run MODEL TOKENS OUT [--only NAME ...] [--jobs 4]    # TOKENS: *.train.*, *.val.* files
-    python -m benchmarks.forms table OUT --save benchmarks/results/forms.json      # Markdown, from what is in OUT
-    python -m benchmarks.forms table benchmarks/results/forms.json
+    python -m benchmarks.forms MODEL TOKENS OUT [--only NAME ...] [--jobs 4]    # TOKENS: *.train.*, *.val.* files
+    python -m benchmarks.forms --show benchmarks/results/forms.json
 
-Every row is one `surgery convert` and one `surgery evaluate`, as commands; `run` does several at a time on one GPU and
-leaves out rows that are done. Budgets are those of the reference conversions: steps of 16 x 1,024 tokens, 150 of
-attention transfer and 250 of language modelling, or 400 of the latter where there is nothing to transfer.
+Rows of `benchmarks.quality`, which runs them. Budgets are those of the reference conversions: steps of 16 x 1,024
+tokens, 150 of attention transfer and 250 of language modelling, or 400 of the latter where nothing is transferred.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import re
-import shutil
-import subprocess
-import sys
-import time
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
+
+from benchmarks.quality import Row, main
 
 STEP = 16 * 1024
 TRANSFER, LANGUAGE, ALL = 150 * STEP, 250 * STEP, 400 * STEP
 COMMON = {"batch_size": 8, "accumulate": 2, "epochs": None, "sequence_length": 1024}
 KL = {"loss": {"kl": 1}}
-
-
-@dataclass(frozen=True)
-class Row:
-    """One conversion. changes: what differs from the recipe. control: name of the row that lacks the branch alone."""
-
-    name: str
-    recipe: str
-    changes: dict[str, Any] = field(default_factory=dict)
-    control: str = "window-ce"
-    seed: int = 0
-
-    def command(self, model: Path, tokens: Path, out: Path) -> list[str]:
-        values = {f"{key}": value for key, value in self.changes.items()}
-        sets = [part for key, value in values.items() for part in ("--set", f"{key}={json.dumps(value)}")]
-        data = [part for file in sorted(tokens.glob("*.train.*")) for part in ("--data", str(file))]
-        held = [part for file in sorted(tokens.glob("*.val.*")) for part in ("--validation", str(file))]
-        return [
-            *(sys.executable, "-m", "surgery.cli", "convert", "--model", str(model), "--recipe", self.recipe),
-            *(*data, *held, "--out", str(out), "--seed", str(self.seed), "--save-every", "1000", *sets),
-        ]
 
 
 def stage(index: int, tokens: int, **more: Any) -> dict[str, Any]:
@@ -123,144 +91,5 @@ ROWS = [
 ]  # fmt: skip
 
 
-def run(model: Path, tokens: Path, out: Path, only: list[str], jobs: int, seconds: float, quick: bool) -> None:
-    """Run the rows that are not done; none is started after `seconds`."""
-    began, log = time.monotonic(), out / "logs"
-    log.mkdir(parents=True, exist_ok=True)
-    named = {row.name: row for row in ROWS}
-    wanted = [named[name] for name in only or named if not (out / f"{name}.json").exists()]
-
-    def one(row: Row) -> str:
-        if time.monotonic() - began > seconds:
-            return f"{row.name}: no time left"
-        started, folder = time.monotonic(), out / "models" / row.name
-        environment = {**os.environ, "OMP_NUM_THREADS": "2", "TOKENIZERS_PARALLELISM": "false"}
-        extra = []
-        if quick:
-            count = sum(key.endswith(".tokens") for key in row.changes)
-            for index in range(count):
-                small = {"tokens": 128, "batch_size": 2, "sequence_length": 64}
-                extra += [p for k, v in small.items() for p in ("--set", f"stages.{index}.{k}={v}")]
-        evaluation = [
-            *(sys.executable, "-m", "surgery.cli", "evaluate", "--model", str(folder), "--batch-size", "16"),
-            *(part for file in sorted(tokens.glob("*.val.*")) for part in ("--data", str(file))),
-            *("--length", "128" if quick else "1024", "--copy-tokens", "60" if quick else "400"),
-            *("--out", str(out / "models" / f"{row.name}-evaluation")),
-        ]
-        with (log / f"{row.name}.log").open("w") as stream:
-            for command in (row.command(model, tokens, folder) + extra, evaluation):
-                if subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, env=environment).returncode:
-                    return f"{row.name}: FAILED\n" + (log / f"{row.name}.log").read_text()[-1500:]
-        (found,) = (out / "models").glob(f"{row.name}-evaluation*.json")
-        result = {
-            "row": {"recipe": row.recipe, "changes": row.changes, "control": row.control, "seed": row.seed},
-            "healing": json.loads((folder / "healing.json").read_text()),
-            "evaluation": json.loads(found.read_text()),
-        }
-        (out / f"{row.name}.json").write_text(json.dumps(result))
-        shutil.rmtree(folder / "tensorboard", ignore_errors=True)
-        return f"{row.name}: {time.monotonic() - started:.0f} s"
-
-    with ThreadPoolExecutor(jobs) as pool:
-        for line in pool.map(one, wanted):
-            print(line, f"({time.monotonic() - began:.0f} s)", flush=True)
-
-
-def collect(out: Path) -> dict[str, Any]:
-    """What the rows in `out` found, reduced to what a table needs; of a row not evaluated, its last validation loss."""
-    rows: dict[str, Any] = {}
-    for row in ROWS:
-        described = {"recipe": row.recipe, "changes": row.changes, "control": row.control, "seed": row.seed}
-        path, log = out / f"{row.name}.json", out / "logs" / f"{row.name}.log"
-        if path.exists():
-            found = json.loads(path.read_text())
-            stages, result = found["healing"]["stages"], found["evaluation"]["result"]
-            for domain in result["domains"].values():
-                domain["position_nll"] = []
-                domain["window_nll"] = [round(value, 5) for value in domain["window_nll"]]
-            described |= {"changes": found["row"]["changes"], "stages": stages, "evaluation": result}
-            described["validation"] = stages[-1]["losses"][-1][1]
-        elif log.exists():
-            last = re.findall(r"step (\d+)/\1  loss \S+  val_loss (\S+)", log.read_text())
-            if not last:
-                continue
-            described["validation"] = float(last[-1][1])
-        else:
-            continue
-        rows[row.name] = described
-    return rows
-
-
-def table(rows: dict[str, Any], softmax: str = "softmax-ce", common: str = "window-ce") -> str:
-    """Markdown: losses, gap closed against the common control and the row's own, use of the history, minutes."""
-    from surgery.evaluation.result import Evaluation
-
-    found = {name: Evaluation.from_dict(row["evaluation"]) for name, row in rows.items() if "evaluation" in row}
-    domains = list(found[softmax].domains)
-    heads = ["row", *(d.removesuffix(".val") for d in domains), "validation", "gap, common", "gap, own"]
-    heads += ["history emptied", "copy, 1st → 2nd", "minutes"]
-    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
-    for name, row in rows.items():
-        cells = [*["–"] * len(domains), f"{row['validation']:.4f}", *["–"] * 5]
-        if name in found:
-            own = None if row["recipe"].startswith("control/") else row["control"]
-            cells = [*_losses(found[name], row["validation"]), _gap(found, name, common, softmax)]
-            cells += [_gap(found, name, own, softmax), *_uses(found[name], domains[0])]
-            cells.append(f"{sum(stage['seconds'] for stage in row['stages']) / 60:.1f}")
-        lines.append("| " + " | ".join([name, *cells]) + " |")
-    return "\n".join(lines)
-
-
-def _losses(result: Any, validation: float) -> list[str]:
-    return [*(f"{domain.nll:.3f}" for domain in result.domains.values()), f"{validation:.4f}"]
-
-
-def _gap(found: dict[str, Any], name: str, control: str | None, softmax: str) -> str:
-    from surgery.evaluation.gap import gap_closed
-
-    if control not in found or name in (control, softmax):
-        return "–"
-    mean = gap_closed(found[name], found[control], found[softmax]).mean
-    return "–" if mean is None else f"{100 * mean.value:.1f} ± {100 * (mean.stderr or 0):.1f} %"
-
-
-def _uses(result: Any, first: str) -> list[str]:
-    histories = [result.domains[domain].history for domain in result.mean_over]
-    used = f"{sum(h.emptied_difference for h in histories) / len(histories):+.3f}" if all(histories) else "–"
-    copy = result.domains[first].copy
-    return [used, "–" if copy is None else f"{copy.first:.3f} → {copy.second:.3f}"]
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    runs = commands.add_parser("run")
-    for name in ("model", "tokens", "out"):
-        runs.add_argument(name, type=Path)
-    runs.add_argument("--only", nargs="*", default=[])
-    runs.add_argument("--jobs", type=int, default=4)
-    runs.add_argument("--seconds", type=float, default=1e9, help="start no row after these")
-    runs.add_argument("--quick", action="store_true", help="two steps a stage, to see that every row runs")
-    tables = commands.add_parser("table")
-    tables.add_argument("out", type=Path, help="what `run` wrote, or what --save kept of it")
-    tables.add_argument("--save", type=Path, help="keep the rows as one JSON file")
-    arguments = parser.parse_args()
-    if arguments.command == "table":
-        rows = json.loads(arguments.out.read_text()) if arguments.out.is_file() else collect(arguments.out)
-        if arguments.save:
-            arguments.save.write_text(json.dumps(rows, separators=(",", ":")) + "\n")
-        print(table(rows))
-        return
-    run(
-        arguments.model,
-        arguments.tokens,
-        arguments.out,
-        arguments.only,
-        arguments.jobs,
-        arguments.seconds,
-        arguments.quick,
-    )
-
-
 if __name__ == "__main__":
-    main()
+    main(rows=ROWS, about=__doc__)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from hashlib import sha256
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from benchmarks import peers
 from surgery import kernels
+from surgery.evaluation.provenance import source
 from surgery.kernels import Features, LogMass, Window
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -86,9 +86,11 @@ def hybrid_inputs(s: Shape, dtype: torch.dtype) -> Inputs:
 
 def decayed(backend: str, normalize: bool = False) -> Function:
     def run(q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None = None) -> Tensor:
-        if backend == "triton" and (gate is None or gate.ndim < 4):
-            from surgery.kernels.triton import decay_attention
+        if backend == "triton":
+            from surgery.kernels.triton import channel_attention, decay_attention
 
+            if gate is not None and gate.ndim == 4:
+                return channel_attention(q, k, v, log_gate=gate, normalize=normalize)[0]
             return decay_attention(q, k, v, log_decay=gate, normalize=normalize)[0]
         if gate is None:
             gate = torch.zeros(k.shape[:3], device=k.device, dtype=q.dtype)
@@ -313,8 +315,7 @@ def environment() -> dict[str, str]:
             found[package] = version(package)
         except PackageNotFoundError:
             found[package] = "not installed"
-    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    return found | {"commit": done.stdout.strip() or "unknown"}
+    return found | {"source": source()}
 
 
 def table(rows: list[dict[str, Any]]) -> str:

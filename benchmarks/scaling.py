@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -46,8 +45,7 @@ Row = dict[str, Any]
 
 def launch(command: list[str], world: int, folder: Path) -> list[subprocess.Popen]:
     """The processes of one host, as torchrun would start them; what they say goes to log files."""
-    paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    env = environment(world) | {"NCCL_NVLS_ENABLE": "0", "PYTHONPATH": paths}  # no NVLink multicast
+    env = environment(world) | scaling_kill.variables()
     started = []
     for rank in range(world):
         ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank)}

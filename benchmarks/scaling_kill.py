@@ -63,7 +63,9 @@ def kill(recipe: str, strategy: str, devices: int, cpu: bool, timeout: float) ->
         _require(run.returncode == 2, f"exit code {run.returncode} after {said}")
         _require("was ended by SIGKILL, so all were stopped" in sentence and "Traceback" not in said, said)
         _require(checkpoint.exists() and not (folder / "out").exists(), "no checkpoint was left, or a half result")
-        again = subprocess.run(command, env=_env(), cwd=ROOT, capture_output=True, text=True, timeout=timeout)
+        again = subprocess.run(
+            command, env=os.environ | variables(), cwd=ROOT, capture_output=True, text=True, timeout=timeout
+        )
         _require(again.returncode == 0 and "going on with" in again.stdout, again.stdout + again.stderr)
         _require((folder / "out" / "model.safetensors").exists(), "the second run left no result")
         steps = [int(line.split("step ")[1].split("/")[0]) for line in again.stdout.splitlines() if "step " in line]
@@ -71,12 +73,15 @@ def kill(recipe: str, strategy: str, devices: int, cpu: bool, timeout: float) ->
     return {"strategy": strategy, "devices": devices, "said": sentence, "seconds": seconds, "resumed_by": steps[0]}
 
 
-def _env() -> dict[str, str]:
-    return dict(os.environ) | {"NCCL_NVLS_ENABLE": "0", "PYTHONPATH": str(ROOT)}
+def variables() -> dict[str, str]:
+    """What a process that trains this checkout needs in its environment; there is no NVLink multicast."""
+    paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    return {"NCCL_NVLS_ENABLE": "0", "PYTHONPATH": paths}
 
 
 def _start(command: list[str]) -> subprocess.Popen:
-    return subprocess.Popen(command, env=_env(), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    env = os.environ | variables()
+    return subprocess.Popen(command, env=env, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
 def _said(run: subprocess.Popen, seconds: float = 10) -> str:

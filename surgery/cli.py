@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -115,12 +116,14 @@ def recipes(name: Annotated[str | None, typer.Argument(help="Show this one in fu
 @app.command()
 def inspect(
     model: ModelOption,
-    recipe: Annotated[str, typer.Option("--recipe", "-r", help="A shipped name or the path of a YAML file.")],
+    recipe: Annotated[
+        str, typer.Option("--recipe", "-r", help="A shipped name or the path of a YAML file.")
+    ] = "llama/lolcats",
     set_: SetOption = None,
     layers: Annotated[str | None, typer.Option(help="Layers to convert, as in 0,1,-1; all by default.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
-    """Show what a recipe would do to a model. Only its config is read: no weights are loaded or downloaded."""
+    """Say whether a model is supported, and what a recipe would do to it. Only its config is read or downloaded."""
     chosen = _read_recipe(recipe, set_)
     indices = _read_layers(layers)
     report = _inspect(model, chosen, indices)
@@ -139,14 +142,16 @@ def _read_layers(text: str | None) -> list[int] | None:
 
 def _inspect(name: str, recipe: Recipe, layers: list[int] | None) -> Any:
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     import surgery
+
+    from .hub import auto_class
 
     with loading("model", name):
         config = AutoConfig.from_pretrained(name)
     with torch.device("meta"):
-        return surgery.inspect(AutoModelForCausalLM.from_config(config), recipe, layers=layers)
+        return surgery.inspect(auto_class(config).from_config(config), recipe, layers=layers)
 
 
 @app.command()
@@ -309,39 +314,58 @@ def generate(
 
 @app.command()
 def evaluate(
-    model: ModelOption,
+    model: Annotated[str | None, typer.Argument(help="A local folder or a name on the Hugging Face hub.")] = None,
+    model_: Annotated[str | None, typer.Option("--model", "-m", hidden=True)] = None,
     data: Annotated[
         list[str] | None,
         typer.Option("--data", "-d", help="Text, .jsonl, .parquet, .npy or .u16, also .gz or .xz; one domain a file."),
     ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option("--against", "--softmax", help="The softmax model: a model, or the JSON of an earlier run."),
+    ] = None,
     control: Annotated[
-        list[str] | None, typer.Option(help="A matched control: a model, or the JSON of an earlier run.")
+        list[str] | None,
+        typer.Option("--control", "--controls", help="A matched control: a model, or the JSON of an earlier run."),
     ] = None,
-    softmax: Annotated[
-        str | None, typer.Option(help="The softmax model: a model, or the JSON of an earlier run.")
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(help="A .jsonl of rows, or a task that lm-evaluation-harness knows; repeatable."),
     ] = None,
+    task_rows: Annotated[int | None, typer.Option(min=1, help="The first so many rows of each task; all.")] = None,
     length: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = 1024,
+    windows: Annotated[int | None, typer.Option(min=1, help="The first so many windows of each domain; all.")] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 8,
     copy_tokens: Annotated[int, typer.Option(min=0, help="Tokens of a piece that is written twice; 0: none.")] = 400,
+    probes: Annotated[bool, typer.Option(help="Recall of pairs and needles, decoding, speed and branches.")] = True,
+    quick: Annotated[bool, typer.Option("--quick", help="A little of everything, for a CPU.")] = False,
     out: Annotated[str, typer.Option(help="Folder, or prefix of the files to write.")] = "evaluation",
     device: Annotated[str | None, typer.Option(help="cuda if there is one, by default.")] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "float32",
 ) -> None:
-    """Measure a model beside its softmax model and its controls: loss, recall, use of the history, memory."""
-    from .evaluation.comparison import write_json, write_text
+    """Measure a model beside its softmax model and its controls: loss, recall, tasks, history, memory and speed."""
+    model = model or model_
+    if model is None:
+        raise SurgeryError("no model: surgery evaluate MODEL, a folder or a name on the Hugging Face hub")
+    from .evaluation import Probes
+    from .evaluation.comparison import write_json
     from .evaluation.plot import plot
     from .evaluation.report import markdown, remarks, tables
     from .evaluation.run import Settings, evaluate_folders, output_files
+    from .training.run import write_text
 
-    settings = Settings(length, batch_size, copy_tokens, device, dtype)
-    found = evaluate_folders(model, data or (), softmax=softmax, controls=control or (), settings=settings)
+    amounts = Probes() if probes else Probes(recall_rows=0, parity_rows=0, speed_runs=0, branch_rows=0)
+    chosen = replace(amounts, tasks=tuple(tasks or ()), task_rows=task_rows)
+    settings = Settings(length, batch_size, copy_tokens, windows, chosen, device, dtype)
+    settings = settings.quick() if quick else settings
+    found = evaluate_folders(model, data or (), softmax=against, controls=control or (), settings=settings)
     for table in tables(found):
         _show(table)
     for remark in remarks(found.result):
         _console().print(remark)
     numbers, text, picture = output_files(out)
     write_json(found, numbers)
-    write_text(markdown(found), text)
+    write_text(text, markdown(found))
     plot(found, picture)
     for path in (numbers, text, picture):
         typer.echo(f"wrote {path}")

@@ -20,9 +20,9 @@ from transformers.models.auto import configuration_auto, modeling_auto
 
 from .cache import recurrent_layer
 from .errors import SurgeryError
-from .patchers.families import FAMILIES
+from .patchers.families import FAMILIES, WRAPPERS
 from .patchers.interface import IMPLEMENTATION, converted_layers
-from .patchers.sites import MODEL_TYPE_PREFIX, base_model_type
+from .patchers.sites import MODEL_TYPE_PREFIX, SEE, find_family
 from .recipe import Recipe, load_recipe
 
 FORMAT = 1
@@ -141,9 +141,10 @@ def model_class(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
 
 def register_configs() -> None:
     """Make AutoConfig know the converted form of every supported family. Cheap: no modeling code is imported."""
-    for model_type in FAMILIES:
-        original = configuration_auto.CONFIG_MAPPING[model_type]
-        AutoConfig.register(MODEL_TYPE_PREFIX + model_type, config_class(original), exist_ok=True)
+    for model_type in (*FAMILIES, *WRAPPERS):
+        if model_type in configuration_auto.CONFIG_MAPPING_NAMES:
+            original = configuration_auto.CONFIG_MAPPING[model_type]
+            AutoConfig.register(MODEL_TYPE_PREFIX + model_type, config_class(original), exist_ok=True)
 
 
 @functools.cache
@@ -227,7 +228,7 @@ def read_settings(config: Any) -> dict[str, Any]:
 def from_pretrained(
     name: str | os.PathLike, recipe: Any = None, *, layers: Any = None, **kwargs: Any
 ) -> PreTrainedModel:
-    """Load a checkpoint as a converted causal language model.
+    """Load a checkpoint as a converted language model, multimodal ones included.
 
     With `recipe`, a softmax checkpoint is converted while it is read: the model is built with its mixers from the start
     and filled from the file, so no second copy of the weights exists. Without, `name` must be a converted checkpoint.
@@ -236,22 +237,19 @@ def from_pretrained(
     Raises:
         RecipeError, UnsupportedModelError, SurgeryError: as `apply`; also a converted checkpoint with a recipe.
     """
-    from transformers import AutoModelForCausalLM
-
     from .operate import _plan, remember_base
 
     config = kwargs.pop("config", None) or AutoConfig.from_pretrained(name, **_hub_arguments(kwargs))
     if recipe is None:
         if not isinstance(config, SurgicalConfig):
             raise SurgeryError(f"{name} is not a converted checkpoint: say which recipe to convert it with")
-        return AutoModelForCausalLM.from_pretrained(name, config=config, **kwargs)
+        return auto_class(config).from_pretrained(name, config=config, **kwargs)
     if isinstance(config, SurgicalConfig):
         raise SurgeryError(f"{name} is already converted: load it without a recipe, or convert the original checkpoint")
-    if base_model_type(config) not in FAMILIES or type(config) not in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING:
-        supported = ", ".join(sorted(FAMILIES))
-        raise SurgeryError(f"{name} ({config.model_type}) is not a supported family; supported: {supported}")
+    if find_family(config) is None:
+        raise SurgeryError(f"{name} ({config.model_type}) is not supported; {SEE}")
     with torch.device("meta"):
-        plan = _plan(AutoModelForCausalLM.from_config(config), recipe, layers)
+        plan = _plan(auto_class(config).from_config(config), recipe, layers)
     config.__class__ = config_class(type(config))
     config.surgery = {"format": FORMAT, "recipe": plan.recipe.to_dict(), "layers": list(plan.chosen)}
     cls = model_class(type(plan.model))
@@ -263,6 +261,12 @@ def from_pretrained(
             module.reset_parameters()
     remember_base(model)
     return model
+
+
+def auto_class(config: PreTrainedConfig) -> Any:
+    """The Auto class that makes language models of this config: of text alone where there is one, or multimodal."""
+    text = type(config) in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING
+    return modeling_auto.AutoModelForCausalLM if text else modeling_auto.AutoModelForImageTextToText
 
 
 def _hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -21,11 +21,12 @@ from .patchers.interface import (
     Switch,
     TransferLoss,
     converted_layers,
+    mask_config,
     swap,
     unswap,
     use_implementation,
 )
-from .patchers.sites import find_model, find_sites
+from .patchers.sites import find_model, find_sites, has_softmax
 from .recipe import AutoLayers, Recipe, load_recipe
 from .report import LayerReport, Report
 
@@ -49,11 +50,6 @@ class Operation:
     switch: Switch
     fingerprints: dict[str, tuple[int, int]] = field(default_factory=dict)
     adapters: frozenset[str] = frozenset()
-
-    @property
-    def complete(self) -> bool:
-        """Whether no softmax layer is left."""
-        return len(self.layers) == len(self.report.layers)
 
 
 @dataclass(frozen=True)
@@ -108,6 +104,7 @@ def revert(model: Model) -> Model:
     inner = find_model(model)
     operation = _operation(inner)
     _check_base(inner, operation)
+    config = mask_config(inner)
     added = sorted(set(adapters.names(inner)) - operation.adapters)
     if added:
         raise SurgeryError(
@@ -116,7 +113,7 @@ def revert(model: Model) -> Model:
         )
     for module in converted_layers(inner).values():
         unswap(module)
-    inner.config._attn_implementation_internal = operation.switch.implementation
+    config._attn_implementation_internal = operation.switch.implementation
     hub.restore_classes(inner)
     for holder in {id(model): model, id(inner): inner}.values():
         holder.__dict__.pop("surgery", None)
@@ -225,15 +222,14 @@ def _enter(
     cross_entropy: float = 0.0,
     projected_l2: float = 0.0,
 ) -> None:
-    operation = _operation(model)
-    switch = operation.switch
+    switch = _operation(model).switch
     switch.mode, switch.transfer_loss = name, loss
     switch.cross_entropy, switch.projected_l2 = cross_entropy, projected_l2
     for module in converted_layers(model).values():
         use_implementation(module, None if name == "teacher" else IMPLEMENTATION)
     # with no softmax layer left nothing needs a [T, T] mask; otherwise all layers share the model's own
-    own = name != "student" or not operation.complete
-    model.config._attn_implementation_internal = switch.implementation if own else IMPLEMENTATION
+    own = name != "student" or has_softmax(model)
+    mask_config(model)._attn_implementation_internal = switch.implementation if own else IMPLEMENTATION
 
 
 @contextmanager
@@ -301,7 +297,8 @@ def _device(module: nn.Module) -> torch.device | str:
 
 def _install(plan: _Plan, mixers: dict[int, Mixer]) -> Operation:
     model = plan.model
-    switch = Switch(implementation=model.config._attn_implementation)
+    config: Any = plan.sites[0].module.config
+    switch = Switch(implementation=config._attn_implementation)
     operation = Operation(_report(plan, mixers), plan.recipe, plan.chosen, switch)
     for index, mixer in mixers.items():
         swap(plan.sites[index], mixer, switch)
@@ -338,7 +335,8 @@ def _report(plan: _Plan, mixers: dict[int, Mixer]) -> Report:
                 break_even=None if mixer is None else -(-state // per_token),
             )
         )
-    return Report(hub.original_name(plan.model), tuple(rows))
+    family = plan.sites[0].family
+    return Report(hub.original_name(plan.model), tuple(rows), family.attention, family.lacks)
 
 
 @torch.no_grad()

@@ -31,10 +31,15 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class Report:
-    """All layers of one model under one recipe."""
+    """All layers of one model under one recipe.
+
+    attention: the class of the attention modules that are converted. leaves_out: what they do that no mixer does.
+    """
 
     model: str
     layers: tuple[LayerReport, ...]
+    attention: str = ""
+    leaves_out: str = ""
 
     @property
     def converted(self) -> tuple[LayerReport, ...]:
@@ -53,6 +58,8 @@ class Report:
         """Plain data, ready for JSON."""
         return {
             "model": self.model,
+            "attention": self.attention,
+            "leaves_out": self.leaves_out,
             "new_parameters": self.new_parameters,
             "state_bytes": self.state_bytes,
             "layers": [asdict(layer) for layer in self.layers],
@@ -62,7 +69,9 @@ class Report:
         """A rich table, one row a layer."""
         from rich.table import Table
 
-        table = Table(title=f"{self.model}: {len(self.converted)} of {len(self.layers)} attention layers converted")
+        title = f"{self.model}: {len(self.converted)} of {len(self.layers)} attention layers converted"
+        note = f"; leaves out {self.leaves_out}" if self.leaves_out else ""
+        table = Table(title=title, caption=f"through {self.attention}{note}")
         for name in ("layer", "before", "after"):
             table.add_column(name)
         for name in ("new parameters", "state / sequence", "KV / token", "break-even"):

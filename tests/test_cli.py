@@ -125,6 +125,18 @@ def test_inspect_prints_every_layer_and_loads_no_weights(folder, tmp_path):
         assert f"model.layers.{index}.self_attn" in output
 
 
+def test_inspect_says_through_what_and_refuses_what_is_not_supported(folder, tmp_path):
+    from transformers import GptOssConfig, MambaConfig
+
+    assert "through LlamaAttention" in run("inspect", "-m", str(folder)).output
+    GptOssConfig(num_hidden_layers=2).save_pretrained(tmp_path)
+    output = run("inspect", "-m", str(tmp_path)).output
+    assert "through GptOssAttention; leaves out the sinks of its softmax" in output
+    MambaConfig(num_hidden_layers=2).save_pretrained(tmp_path)
+    error = run("inspect", "-m", str(tmp_path), code=2).stderr
+    assert error.startswith("MambaForCausalLM (mamba) cannot be converted: it has no attention")
+
+
 def test_inspect_as_json_with_changes(folder):
     arguments = ("inspect", "-m", str(folder), "-r", "llama/lolcats", "--layers", "0,-1", "--json")
     full = json.loads(run(*arguments).stdout)
@@ -154,7 +166,8 @@ def test_inspect_without_a_model(tmp_path):
 
 
 def test_inspect_names_an_unsupported_model(tmp_path):
-    FalconConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=64).save_pretrained(tmp_path)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 64}
+    FalconConfig(**sizes, alibi=True).save_pretrained(tmp_path)
     error = run("inspect", "-m", str(tmp_path), "-r", "llama/lolcats", code=2).stderr
     assert "Falcon" in error
     assert len(error.splitlines()) == 1

@@ -21,7 +21,7 @@ def test_quick_run_writes_what_it_measured(tmp_path, capsys):
     assert rows[1]["cache_mib"] * decode.MIB == 2 * 128 * 2 * 8 * 4
     assert json.loads((tmp_path / "decode.json").read_text())["rows"] == rows
     written = (tmp_path / "decode.md").read_text()
-    assert all(decode.line(row) in written for row in rows) and result["commit"] in written
+    assert all(decode.line(row) in written for row in rows) and result["source"] in written
     assert len(capsys.readouterr().out.splitlines()) == 2 + len(rows)
 
 

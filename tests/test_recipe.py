@@ -15,7 +15,10 @@ SHIPPED = [
     "control/softmax-lora",
     "control/window-lora",
     "llama/calibrated",
+    "llama/deltanet",
+    "llama/gated-deltanet",
     "llama/hedgehog",
+    "llama/kda",
     "llama/liger-gla",
     "llama/liger-gsa",
     "llama/liger-hgrn2",
@@ -102,6 +105,17 @@ def test_liger_is_the_papers(family):
     assert (mixer.window.size, mixer.mix.kind, mixer.mix.weight) == (64, "average", 0.5)
     assert (lora.kind, lora.rank, lora.alpha, lora.lr, lora.epochs) == ("lora", 8, 8, 1e-3, 2)
     assert lora.targets == ["q", "k", "v"]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "gate"),
+    [("deltanet", "delta", "none"), ("gated-deltanet", "gated_delta", "mamba2"), ("kda", "kda", "low_rank")],
+)
+def test_delta_rules_are_their_papers(name, kind, gate):
+    mixer = load_recipe(f"llama/{name}").mixer
+    assert (mixer.kind, mixer.gate.kind, mixer.feature_map.kind, mixer.rope) == (kind, gate, "silu", "raw")
+    assert (mixer.beta.source, mixer.beta.initial, mixer.beta.maximum) == ("hidden", 0.5, 1)
+    assert (mixer.window.size, mixer.mix.kind, mixer.mix.weight) == (64, "average", 0.5)
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral"])

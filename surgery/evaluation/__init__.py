@@ -1,8 +1,20 @@
-"""What a model lost and what it still knows: losses, recall, use of the history and memory, beside matched controls."""
+"""What a model lost and what it still knows: losses, recall, tasks, use of the history, speed; beside controls."""
 
 from .gap import GapClosed, Ratio, gap_closed
 from .measure import evaluate
-from .result import CopyRecall, DomainResult, Evaluation, HistoryAblation, Memory
+from .probes import Probes
+from .result import (
+    CopyRecall,
+    DomainResult,
+    Evaluation,
+    HistoryAblation,
+    Mean,
+    Memory,
+    Parity,
+    Recall,
+    Speed,
+    TaskResult,
+)
 
 __all__ = [
     "CopyRecall",
@@ -10,8 +22,14 @@ __all__ = [
     "Evaluation",
     "GapClosed",
     "HistoryAblation",
+    "Mean",
     "Memory",
+    "Parity",
+    "Probes",
     "Ratio",
+    "Recall",
+    "Speed",
+    "TaskResult",
     "evaluate",
     "gap_closed",
 ]

@@ -62,13 +62,8 @@ def short_name(evaluation: Evaluation) -> str:
 
 def write_json(comparison: Comparison, path: Path) -> None:
     """Write a comparison; the file appears whole or not at all."""
-    write_text(json.dumps(comparison.to_dict()) + "\n", path)
-
-
-def write_text(text: str, path: Path) -> None:
-    """Write a text; the file appears whole or not at all."""
     with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(json.dumps(comparison.to_dict()) + "\n", encoding="utf-8")
 
 
 def read_result(path: Path) -> Evaluation:

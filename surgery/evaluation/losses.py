@@ -18,14 +18,33 @@ CHUNK = 2**26
 
 def token_nll(model: nn.Module, ids: Tensor, cache: Any = None) -> Tensor:
     """Losses [B, T - 1] in fp64 on the CPU of tokens 2..T of ids [B, T], after what `cache` holds, which moves on."""
+    logits = forward(model, ids, cache)[:, :-1]
+    return torch.cat([_nll(part, target) for part, target in _chunks(logits, ids[:, 1:])], 1).double().cpu()
+
+
+def token_scores(model: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """The same, and [B, T - 1] booleans on the CPU: whether the token is the likeliest. The last is only predicted."""
+    target = ids[:, 1:]
+    found = [(_nll(part, at), part.argmax(-1) == at) for part, at in _chunks(forward(model, ids[:, :-1]), target)]
+    nll, right = (torch.cat(parts, 1).cpu() for parts in zip(*found, strict=True))
+    return nll.double(), right
+
+
+def forward(model: nn.Module, ids: Tensor, cache: Any = None) -> Tensor:
+    """Logits [B, T, V], after what `cache` holds, which moves on."""
     arguments = {"use_cache": False} if cache is None else {"use_cache": True, cache_argument(model): cache}
-    logits = model(input_ids=ids, **arguments).logits
+    return model(input_ids=ids, **arguments).logits
+
+
+def _chunks(logits: Tensor, target: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Logits [B, t, V] in fp32 and the tokens [B, t] they are for, some positions at a time."""
     step = max(1, CHUNK // (logits.shape[0] * logits.shape[2]))
-    parts = []
-    for part, target in zip(logits[:, :-1].split(step, 1), ids[:, 1:].split(step, 1), strict=True):
-        nll = nn.functional.cross_entropy(part.float().flatten(0, 1), target.flatten(), reduction="none")
-        parts.append(nll.view_as(target))
-    return torch.cat(parts, 1).double().cpu()
+    for part, at in zip(logits.split(step, 1), target.split(step, 1), strict=True):
+        yield part.float(), at
+
+
+def _nll(logits: Tensor, target: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none").view_as(target)
 
 
 def cache_argument(model: nn.Module) -> str:

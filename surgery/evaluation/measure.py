@@ -18,6 +18,7 @@ from ..training.data.tokens import check_vocabulary, windows
 from . import history, recall
 from .losses import check_length, measuring, token_nll
 from .memory import measure_memory
+from .probes import Probes, run_probes
 from .provenance import provenance
 from .result import (
     ENOUGH_WINDOWS,
@@ -39,6 +40,9 @@ def evaluate(
     batch_size: int = 8,
     copy_tokens: int = 400,
     copy_pieces: int | None = 64,
+    max_windows: int | None = None,
+    probes: Probes | None = None,
+    tokenizer: Any = None,
     name: str | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
@@ -48,15 +52,19 @@ def evaluate(
     corpora: domain -> [N] tokens, as `read_corpora` gives them; cut into windows of `length`, the rest is dropped.
     copy_tokens: length of the pieces that are written twice to see what is recalled; 0: do not.
     copy_pieces: at most this many pieces a domain, spread evenly over it; None: all.
+    max_windows: only the first so many of each domain; None: all.
+    probes: what to measure beyond losses; by default nothing. tokenizer: the model's, for tasks and, if there is one,
+        for the words to recall.
     name: what to call the model; by default, where it was loaded from. progress: see `Progress`.
 
     Raises:
-        SurgeryError: a domain without one window, a token the model does not know, or a length it has no positions for.
+        SurgeryError: a domain without one window, a token the model does not know, a length it has no positions for,
+            or a task that cannot be run.
     """
     inner: Any = find_model(model)
     check_length(inner, length, copy_tokens)
     check_vocabulary(corpora, inner.config.get_text_config(decoder=True).vocab_size)
-    rows = {domain: _windows(domain, tokens, length) for domain, tokens in corpora.items()}
+    rows = {domain: _windows(domain, tokens, length)[:max_windows] for domain, tokens in corpora.items()}
     if not rows:
         raise SurgeryError("no data to evaluate on: corpora is empty")
     start = recall.start_token(inner.config)
@@ -69,6 +77,8 @@ def evaluate(
             result = _Measuring(inner, device, batch_size, domain, report)
             domains[domain] = _domain(result, ids, copies[domain], copy_tokens, ablate)
         memory = measure_memory(inner, next(iter(rows.values()))[:1].to(device))
+        settings = {"batch_size": batch_size, "tokenizer": tokenizer, "report": report}
+        probed = {} if probes is None else run_probes(inner, rows, probes, **settings)
     mean_over = [domain for domain, result in domains.items() if result.windows >= ENOUGH_WINDOWS]
     counted = [domains[domain] for domain in mean_over]
     return Evaluation(
@@ -82,6 +92,7 @@ def evaluate(
         history_used=_history_used(counted or list(domains.values())) if ablate else None,
         memory=memory,
         provenance=provenance(inner),
+        **probed,
     )
 
 

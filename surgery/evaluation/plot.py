@@ -1,4 +1,4 @@
-"""The picture of a comparison: loss by position, and memory against context length."""
+"""The picture of a comparison: loss by position, recall by distance, and memory against context length."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..errors import SurgeryError
 from ..report import _bytes
 from .comparison import Comparison, replacing
 from .positions import by_position
-from .result import Evaluation, Memory
+from .result import Evaluation, Memory, Recall
 
 INK, MUTED = "#1f2933", "#7b8794"
 CONTROLS = ("#e08e0b", "#b5485d", "#7a5195")
@@ -32,12 +32,12 @@ def plot(comparison: Comparison, path: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError:
         raise SurgeryError(MISSING) from None
-    figure = Figure(figsize=(11, 4.4), layout="constrained")
+    panels = [_losses, *([_needles] if needles(comparison.result) else []), _memory]
+    figure = Figure(figsize=(5.5 * len(panels), 4.4), layout="constrained")
     FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
-    _losses(left, comparison)
-    _memory(right, comparison)
-    for axes in (left, right):
+    places = figure.subplots(1, len(panels), width_ratios=(1.25, *[1] * (len(panels) - 1)))
+    for panel, axes in zip(panels, places, strict=True):
+        panel(axes, comparison)
         _style(axes)
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=160, format="png", facecolor="white")
@@ -55,22 +55,23 @@ def smooth_loss(evaluation: Evaluation) -> tuple[np.ndarray, np.ndarray]:
 
 
 def ranges(evaluation: Evaluation) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of each range of positions: its middle on a logarithmic axis, the loss, the standard error (not known: 0)."""
+    """Of each range of positions: its middle, the loss, the standard error (not known: 0)."""
     found = by_position(evaluation)
     ends = np.array([[float(end) for end in name.split("-")] for name in found])
     means = np.array([[mean.value, mean.stderr or 0.0] for mean in found.values()])
-    return np.sqrt(ends.prod(1)), means[:, 0], means[:, 1]
+    return ends.mean(1), means[:, 0], means[:, 1]
 
 
 def _losses(axes: Any, comparison: Comparison) -> None:
     length = comparison.result.length
     start = min(8, max(1, length // 8))
-    seen = []
+    seen: list[np.ndarray] = []
     for (name, evaluation), color in zip(comparison.named.items(), _colors(comparison), strict=True):
         at, loss = smooth_loss(evaluation)
         shown = at >= start
         axes.plot(at[shown], loss[shown], color=color, linewidth=2, label=name)
         centers, values, errors = ranges(evaluation)
+        centers = centers * 1.04 ** len(seen)  # beside one another
         kept = centers >= start
         axes.errorbar(centers[kept], values[kept], errors[kept], color=color, fmt="o", markersize=4, capsize=3)
         seen.append(loss[shown])
@@ -84,6 +85,28 @@ def _losses(axes: Any, comparison: Comparison) -> None:
     axes.set_xlabel("tokens before")
     axes.set_ylabel("nats per token")
     axes.legend(frameon=False, loc="best", labelcolor=INK)
+
+
+def needles(evaluation: Evaluation) -> dict[int, Recall]:
+    """Distance -> what is recalled over it."""
+    return {found.size: found for found in evaluation.recall if found.kind == "needle"}
+
+
+def _needles(axes: Any, comparison: Comparison) -> None:
+    asked = needles(comparison.result)
+    for evaluation, color in zip(comparison.named.values(), _colors(comparison), strict=True):
+        found = {size: own for size, own in needles(evaluation).items() if own.sha256 == asked.get(size, own).sha256}
+        means = [own.second for own in found.values()]
+        errors = [mean.stderr or 0.0 for mean in means]
+        line = {"color": color, "linewidth": 2, "marker": "o", "markersize": 4, "capsize": 3}
+        axes.errorbar(list(found), [mean.value for mean in means], errors, **line)
+    axes.plot(list(asked), [own.first.value for own in asked.values()], color=MUTED, linestyle="--")
+    axes.set_xscale("log", base=2)
+    axes.set_ylim(bottom=0)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    axes.set_title("Recall of words (dashed: the first time)", loc="left", fontweight="bold", color=INK)
+    axes.set_xlabel("tokens since they were seen")
+    axes.set_ylabel("nats per word")
 
 
 def _colors(comparison: Comparison) -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from rich.table import Table
 from rich.text import Text
 
@@ -9,27 +11,33 @@ from ..report import _bytes
 from .comparison import Comparison
 from .gap import GapClosed, Ratio
 from .positions import above, by_position
-from .result import ENOUGH_WINDOWS, DomainResult, Evaluation, Mean
+from .probe_report import branches_table, probe_tables, shown, with_error
+from .result import ENOUGH_WINDOWS, DomainResult, Evaluation
 
 
 def tables(comparison: Comparison) -> list[Table]:
     """Losses of all models, the gap closed, and what else is known of the result."""
     result = comparison.result
-    parts = [_losses(comparison), _gaps(comparison.gaps, result), _positions(comparison), _domains(result)]
-    return [table for table in (*parts, _memory(comparison)) if table is not None]
+    named = comparison.named
+    parts = [_losses(comparison), _gaps(comparison.gaps, result), positions_table(named, comparison.softmax)]
+    parts += [_domains(result), *probe_tables(named), branches_table(result), _memory(comparison)]
+    return [table for table in parts if table is not None]
 
 
 def markdown(comparison: Comparison) -> str:
     """What `tables` and `remarks` show, as Markdown, with where the numbers come from."""
     origin = ", ".join(f"{name} {value}" for name, value in comparison.result.provenance.items())
     lines = [f"# {comparison.result.model}", origin, *(str(remark) for remark in remarks(comparison.result))]
-    for table in tables(comparison):
-        rows = zip(*([str(cell) for cell in column.cells] for column in table.columns), strict=True)
-        heads = [str(column.header) for column in table.columns]
-        dashes = ["---:" if column.justify == "right" else "---" for column in table.columns]
-        lines.append(f"## {table.title}")
-        lines.append("\n".join("| " + " | ".join(row) + " |" for row in (heads, dashes, *rows)))
+    lines += map(as_markdown, tables(comparison))
     return "\n\n".join(line for line in lines if line) + "\n"
+
+
+def as_markdown(table: Table) -> str:
+    """A rich table as Markdown, below its title."""
+    rows = zip(*([str(cell) for cell in column.cells] for column in table.columns), strict=True)
+    heads = [str(column.header) for column in table.columns]
+    dashes = ["---:" if column.justify == "right" else "---" for column in table.columns]
+    return f"## {table.title}\n\n" + "\n".join("| " + " | ".join(row) + " |" for row in (heads, dashes, *rows))
 
 
 def remarks(result: Evaluation) -> list[Text]:
@@ -58,8 +66,8 @@ def _losses(comparison: Comparison) -> Table:
     table.add_column("mean", justify="right")
     for name, evaluation in comparison.named.items():
         domains = [evaluation.domains.get(domain) for domain in result.domains]
-        cells = ["–" if d is None else _with_error(d.nll, d.stderr) for d in domains]
-        mean = "–" if evaluation.nll is None else _with_error(evaluation.nll, evaluation.stderr)
+        cells = ["–" if d is None else with_error(d.nll, d.stderr) for d in domains]
+        mean = "–" if evaluation.nll is None else with_error(evaluation.nll, evaluation.stderr)
         table.add_row(name, evaluation.attention, *cells, mean)
     return table
 
@@ -76,18 +84,18 @@ def _gaps(gaps: tuple[GapClosed, ...], result: Evaluation) -> Table | None:
     return table
 
 
-def _positions(comparison: Comparison) -> Table:
+def positions_table(named: Mapping[str, Evaluation], softmax: Evaluation | None) -> Table:
     """Every model's losses, and below them how much higher they are than the softmax model's."""
     table = Table(title="nats per token by tokens before, mean of the domains, ± standard error over windows")
     table.add_column("model")
-    for name in by_position(comparison.result):
+    for name in by_position(next(iter(named.values()))):
         table.add_column(name, justify="right")
-    for name, evaluation in comparison.named.items():
-        table.add_row(name, *map(_mean, by_position(evaluation).values()))
-    for name, evaluation in comparison.named.items():
-        higher = {} if comparison.softmax in (None, evaluation) else above(evaluation, comparison.softmax)
+    for name, evaluation in named.items():
+        table.add_row(name, *map(shown, by_position(evaluation).values()))
+    for name, evaluation in named.items():
+        higher = {} if softmax is None or evaluation is softmax else above(evaluation, softmax)
         if higher:
-            table.add_row(f"{name}, above softmax", *(_mean(mean, "+.3f") for mean in higher.values()))
+            table.add_row(f"{name}, above softmax", *(shown(mean, "+.3f") for mean in higher.values()))
     return table
 
 
@@ -98,8 +106,8 @@ def _domains(result: Evaluation) -> Table | None:
         return None
     table = Table(title="copies of unseen text; second half with the history taken away or swapped")
     table.add_column("domain")
-    for name, shown in (("copy, 1st → 2nd", copies), ("emptied", ablated), ("swapped", ablated), ("used", ablated)):
-        if shown:
+    for name, there in (("copy, 1st → 2nd", copies), ("emptied", ablated), ("swapped", ablated), ("used", ablated)):
+        if there:
             table.add_column(name, justify="right")
     for domain, found in result.domains.items():
         table.add_row(domain, *([_copy(found)] if copies else []), *(_history(found) if ablated else []))
@@ -110,7 +118,7 @@ def _copy(found: DomainResult) -> str:
     copy = found.copy
     if copy is None:
         return "–"
-    return f"{_with_error(copy.first, copy.first_stderr)} → {_with_error(copy.second, copy.second_stderr)}"
+    return f"{with_error(copy.first, copy.first_stderr)} → {with_error(copy.second, copy.second_stderr)}"
 
 
 def _history(found: DomainResult) -> list[str | Text]:
@@ -119,9 +127,9 @@ def _history(found: DomainResult) -> list[str | Text]:
         return ["–"] * 3
     swapped = "–"
     if history.swapped_difference is not None:
-        swapped = _with_error(history.swapped_difference, history.swapped_stderr, "+.3f")
+        swapped = with_error(history.swapped_difference, history.swapped_stderr, "+.3f")
     verdict = Text("yes", style="green") if history.history_used else Text("NO", style="bold red")
-    return [_with_error(history.emptied_difference, history.emptied_stderr, "+.3f"), swapped, verdict]
+    return [with_error(history.emptied_difference, history.emptied_stderr, "+.3f"), swapped, verdict]
 
 
 def _memory(comparison: Comparison) -> Table:
@@ -134,14 +142,6 @@ def _memory(comparison: Comparison) -> Table:
     table.add_row("this model", *(_bytes(memory.at(length)[0]) for length in lengths))
     table.add_row("keys and values of softmax", *(_bytes(memory.at(length)[1]) for length in lengths))
     return table
-
-
-def _with_error(value: float, error: float | None, form: str = ".3f") -> str:
-    return f"{value:{form}}" if error is None else f"{value:{form}} ± {error:.3f}"
-
-
-def _mean(mean: Mean, form: str = ".3f") -> str:
-    return _with_error(mean.value, mean.stderr, form)
 
 
 def _percent(ratio: Ratio | None) -> str:

@@ -77,6 +77,62 @@ class DomainResult:
 
 
 @dataclass(frozen=True)
+class Recall:
+    """A token seen once before, where only the first time tells what it is.
+
+    kind: "pairs": `size` pairs of tokens, then all keys again, each with its value; "needle": random words in a text,
+    and once more `size` tokens later. sha256: of the tokens. first, second: losses the first and the second time.
+    accuracy: how often it is the likeliest token the second time. All over sequences.
+    """
+
+    kind: str
+    size: int
+    sha256: str
+    first: Mean
+    second: Mean
+    accuracy: Mean
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """scorer: "built-in", or the version of lm-evaluation-harness. metrics: as it names them."""
+
+    scorer: str
+    rows: int
+    metrics: dict[str, Mean]
+
+
+@dataclass(frozen=True)
+class Parity:
+    """Decoding token by token against reading all at once, at the `tokens` that follow a prompt.
+
+    difference: the greatest of any logit, as part of the greatest logit. kl: nats a token from the logits of the one to
+    those of the other. agreement: how often both find the same token likeliest. nll_difference: what decoding costs.
+    All over sequences.
+    """
+
+    prompt: int
+    tokens: int
+    difference: float
+    kl: Mean
+    agreement: Mean
+    nll_difference: Mean
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Tokens a second, over runs: `batch` prompts of `prompt` tokens at once, then `tokens` for each, one by one and
+    launched eagerly. peak_bytes: the device memory that took, weights included; None: not on a GPU."""
+
+    batch: int
+    prompt: int
+    tokens: int
+    prefill: Mean
+    decode: Mean
+    peak_bytes: int | None
+
+
+@dataclass(frozen=True)
 class Memory:
     """Bytes one sequence holds after `length` tokens, and by how many they grow with every further one.
 
@@ -101,6 +157,7 @@ class Evaluation:
 
     attention: what the attention layers are. mean_over: domains with enough windows, over which nll is the mean.
     history_used: whether taking the history away costs loss; None: there is none to take.
+    branches: see `surgery.training.branches.measure`; over windows. The last five are empty or None if not asked for.
     """
 
     model: str
@@ -113,6 +170,11 @@ class Evaluation:
     history_used: bool | None
     memory: Memory
     provenance: dict[str, str]
+    recall: list[Recall] = field(default_factory=list)
+    tasks: dict[str, TaskResult] = field(default_factory=dict)
+    parity: Parity | None = None
+    speed: Speed | None = None
+    branches: dict[str, Mean] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON."""
@@ -127,10 +189,13 @@ class Evaluation:
         """
         try:
             values = dict(data)
-            if values.pop("format") > FORMAT:
+            if values["format"] > FORMAT:
                 raise SurgeryError("this evaluation was written by a newer surgery: upgrade")
             values["domains"] = {name: _domain(domain) for name, domain in values["domains"].items()}
             values["memory"] = Memory(**values["memory"])
+            if values["format"] > 1:
+                values |= _probes(values)
+            del values["format"]
             return cls(**values)
         except (TypeError, KeyError, AttributeError, ValueError) as error:
             if isinstance(error, SurgeryError):
@@ -147,6 +212,22 @@ def _domain(data: dict[str, Any]) -> DomainResult:
         for name, mean in data["by_position"].items()
     }
     return DomainResult(**{**data, **nested})
+
+
+def _probes(data: dict[str, Any]) -> dict[str, Any]:
+    """The last five fields; format 1 had none."""
+    tasks = {name: TaskResult(**{**task, "metrics": _means(task["metrics"])}) for name, task in data["tasks"].items()}
+    return {
+        "recall": [Recall(**_means(found)) for found in data["recall"]],
+        "tasks": tasks,
+        "parity": None if data["parity"] is None else Parity(**_means(data["parity"])),
+        "speed": None if data["speed"] is None else Speed(**_means(data["speed"])),
+        "branches": _means(data["branches"]),
+    }
+
+
+def _means(data: dict[str, Any]) -> dict[str, Any]:
+    return {name: Mean(**value) if isinstance(value, dict) else value for name, value in data.items()}
 
 
 def mean(samples: Tensor) -> Mean:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from ..progress import showing_progress
 from ..training.data.tokens import check_vocabulary, read_corpora
 from .comparison import Comparison, compare, read_result
 from .measure import evaluate
+from .probes import Probes
 from .result import Evaluation
+from .tasks import MISSING, is_file, read_questions
 
 DEMO = Path(__file__).resolve().parents[1] / "demo"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -27,8 +30,19 @@ class Settings:
     length: int = 1024
     batch_size: int = 8
     copy_tokens: int = 400
+    max_windows: int | None = None
+    probes: Probes = Probes()
     device: str | None = None
     dtype: str = "float32"
+
+    def quick(self) -> Settings:
+        """Small enough for a CPU: a look at whether all is well, no result."""
+        rows = min(self.probes.task_rows or 20, 20)
+        probes = replace(
+            self.probes, recall_rows=8, task_rows=rows, parity_rows=2, speed_runs=2, branch_rows=2, tokens=8
+        )
+        length, copies = min(self.length, 256), min(self.copy_tokens, 100)
+        return replace(self, length=length, copy_tokens=copies, max_windows=4, batch_size=4, probes=probes)
 
 
 def evaluate_folders(
@@ -53,11 +67,13 @@ def evaluate_folders(
     # files first: they are cheap to refuse
     earlier = {name: read_result(Path(name)) for name in (softmax, *controls) if name and name.endswith(".json")}
     config = {name: _config(name) for name in (model, softmax, *controls) if name and name not in earlier}[model]
-    corpora = read_corpora(data or _default_data(model, config), _tokenizer(model, config))
+    tokenizer = _tokenizer(model, config)
+    _check_tasks(settings.probes.tasks)
+    corpora = read_corpora(data or _default_data(model, config), tokenizer)
     check_vocabulary(corpora, config.get_text_config(decoder=True).vocab_size)
 
     def measured(name: str) -> Evaluation:
-        return earlier[name] if name in earlier else _evaluate_folder(name, corpora, settings)
+        return earlier[name] if name in earlier else _evaluate_folder(name, corpora, tokenizer, settings)
 
     result = measured(model)
     return compare(result, None if softmax is None else measured(softmax), [measured(name) for name in controls])
@@ -72,15 +88,24 @@ def output_files(out: str) -> tuple[Path, Path, Path]:
     return json, markdown, picture
 
 
-def _evaluate_folder(name: str, corpora: dict[str, Any], settings: Settings) -> Evaluation:
+def _check_tasks(tasks: Sequence[str]) -> None:
+    """Before anything is measured, whether they can be."""
+    for task in filter(is_file, tasks):
+        read_questions(Path(task), 1)
+    if not all(map(is_file, tasks)) and find_spec("lm_eval") is None:
+        raise SurgeryError(MISSING)
+
+
+def _evaluate_folder(name: str, corpora: dict[str, Any], tokenizer: Any, settings: Settings) -> Evaluation:
     from transformers import AutoModelForCausalLM
 
     with loading("model", name):
         model = AutoModelForCausalLM.from_pretrained(name, dtype=settings.dtype)
     model.to(settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    sizes = {"length": settings.length, "batch_size": settings.batch_size, "copy_tokens": settings.copy_tokens}
+    names = ("length", "batch_size", "copy_tokens", "max_windows", "probes")
+    sizes = {name: getattr(settings, name) for name in names}
     with showing_progress(Path(name).name) as progress:
-        return evaluate(model, corpora, **sizes, name=name, progress=progress)
+        return evaluate(model, corpora, **sizes, tokenizer=tokenizer, name=name, progress=progress)
 
 
 def _config(name: str) -> Any:

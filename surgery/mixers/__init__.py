@@ -6,6 +6,7 @@ from pydantic import Field
 
 from .base import AttentionContext, AttentionShape, Config, Mixer, State
 from .by_depth import ByDepthConfig
+from .delta import DeltaConfig, GatedDeltaConfig, KDAConfig
 from .diag import DiagConfig
 from .gated_scalar import GatedScalarConfig
 from .gla import GLAConfig
@@ -26,6 +27,9 @@ MixerConfig = Annotated[
     | HGRN2Config
     | GSAConfig
     | MesaConfig
+    | DeltaConfig
+    | GatedDeltaConfig
+    | KDAConfig
     | DiagConfig
     | WindowOnlyConfig
     | ByDepthConfig,
@@ -38,11 +42,14 @@ __all__ = [
     "AttentionShape",
     "ByDepthConfig",
     "Config",
+    "DeltaConfig",
     "DiagConfig",
     "GLAConfig",
     "GSAConfig",
+    "GatedDeltaConfig",
     "GatedScalarConfig",
     "HGRN2Config",
+    "KDAConfig",
     "LightningConfig",
     "LinearConfig",
     "MesaConfig",

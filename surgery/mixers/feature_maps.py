@@ -188,6 +188,16 @@ class ReluConfig(LearnedConfig):
         return width, width / math.tau
 
 
+class SiluConfig(FixedConfig):
+    """x σ(x), the map of DeltaNet: signed, so for recurrences without a normaliser."""
+
+    kind: Literal["silu"] = "silu"
+    positive: ClassVar[bool] = False
+
+    def measure(self, width: int) -> tuple[int, float]:
+        return width, 1
+
+
 class SoftmaxConfig(FixedConfig):
     """softmax(x) over the head, the map of Liger."""
 
@@ -226,6 +236,6 @@ class IdentityConfig(FixedConfig):
 
 
 FeatureMapConfig = Annotated[
-    HedgehogConfig | SoftmaxConfig | ExpConfig | ReluConfig | Elu1Config | Taylor2Config | IdentityConfig,
+    HedgehogConfig | SoftmaxConfig | ExpConfig | ReluConfig | SiluConfig | Elu1Config | Taylor2Config | IdentityConfig,
     Field(discriminator="kind"),
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from pydantic import model_validator
@@ -103,17 +103,14 @@ class RecurrentMixer(AveragedMixer):
         v = context.v
         if k.shape[2] != v.shape[2]:
             v = v.repeat_interleave(k.shape[2] // v.shape[2], 2)
-        y = run(
-            kernels.gated_linear_attention,
-            q,
-            k,
-            v,
-            log_gate,
-            features_q=self.feature_map_q(),
-            features_k=features_k,
-            normalize=self.config.normalize == "z",
-        )
+        y = self.recur(context, run, q, k, v, log_gate, features_q=self.feature_map_q(), features_k=features_k)
         return y if self.norm is None else self.norm(y)
+
+    def recur(
+        self, context: AttentionContext, run: Run, q: Tensor, k: Tensor, v: Tensor, log_gate: Tensor, **maps: Any
+    ) -> Tensor:
+        """The recurrence itself."""
+        return run(kernels.gated_linear_attention, q, k, v, log_gate, normalize=self.config.normalize == "z", **maps)
 
     def keys(self, k: Tensor, log_gate: Tensor, context: AttentionContext) -> tuple[Tensor, Features]:
         """What the recurrence takes as keys, and their map."""

@@ -68,6 +68,20 @@ class Call:
     hidden_states: Tensor
     position_ids: Tensor | None
     cu_seqlens: Tensor | None
+    used: bool = False
+
+
+class Passing:
+    """Stands in for the cache inside of a converted attention: keeps nothing, and knows how many tokens came before."""
+
+    def __init__(self, layer: RecurrentLayer):
+        self.layer = layer
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        return key_states, value_states
+
+    def get_seq_length(self, *args: Any, **kwargs: Any) -> int | Tensor:
+        return self.layer.seen
 
 
 class Capture:
@@ -93,16 +107,22 @@ class Surgical:
         if switch.mode == "teacher":
             return super().forward(*args, **kwargs)
         self._surgery_hook()
-        cache = _withhold_cache(kwargs)
+        cache = _take_cache(kwargs)
         if switch.mode == "transfer":
             _refuse_continuation(cache)
             cache = None
+        layer = None if cache is None else recurrent_layer(cache, self.layer_idx)
+        if layer is not None:
+            kwargs[next(name for name in CACHE_ARGUMENTS if name in kwargs)] = Passing(layer)
         call = Call(
-            cache=None if cache is None else recurrent_layer(cache, self.layer_idx),
+            cache=layer,
             hidden_states=args[0] if args else kwargs["hidden_states"],
             position_ids=kwargs.get("position_ids"),
             cu_seqlens=kwargs.get("cu_seq_lens_q"),
         )
+        if self.surgery_family.forward is not None:
+            attend = functools.partial(surgery_attention, surgery=call)
+            return self.surgery_family.forward(self, attend, *args, **kwargs)
         return super().forward(*args, surgery=call, **kwargs)
 
     def _surgery_hook(self) -> None:
@@ -122,7 +142,7 @@ class Surgical:
         return AttentionContext(
             q=q.transpose(1, 2),
             k=k.transpose(1, 2),
-            v=v.transpose(1, 2),
+            v=nn.functional.pad(v, (0, q.shape[-1] - v.shape[-1])).transpose(1, 2),
             scaling=scaling,
             raw_q=raw_q,
             raw_k=raw_k,
@@ -131,14 +151,15 @@ class Surgical:
         )
 
     def _surgery_raw_qk(self) -> tuple[Tensor | None, Tensor | None]:
-        family, shape, needs = self.surgery_family, self.surgery_shape, self.mixer.needs
-        raw = self.surgery_raw
-        q = raw.pop(family.q, None)
-        k = q if family.split is not None else raw.pop(family.k, None)
-        if family.split is not None and q is not None:
-            q, k = family.split(q, shape)
-        as_heads = lambda flat, wanted: None if wanted not in needs else flat.unflatten(-1, (-1, shape.head_dim))  # noqa: E731
-        return as_heads(q, "raw_q"), as_heads(k, "raw_k")
+        family, raw, found = self.surgery_family, self.surgery_raw, []
+        for need, name, read in (("raw_q", family.q, family.raw_q), ("raw_k", family.k, family.raw_k)):
+            flat = raw[name] if need in self.mixer.needs else None
+            if flat is not None:
+                flat = flat if read is None else read(flat, self)
+                flat = flat.unflatten(-1, (-1, self.surgery_shape.head_dim))
+            found.append(flat)
+        raw.clear()
+        return found[0], found[1]
 
     def __reduce_ex__(self, protocol: int) -> tuple:
         _, _, *rest = super().__reduce_ex__(protocol)
@@ -167,7 +188,7 @@ def raw_projections(family: Family, needs: frozenset[str]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def _withhold_cache(kwargs: dict[str, Any]) -> Cache | None:
+def _take_cache(kwargs: dict[str, Any]) -> Cache | None:
     """Take the cache out of a call's arguments, so that the original forward leaves it alone."""
     given = {name: kwargs[name] for name in CACHE_ARGUMENTS if name in kwargs}
     kwargs.update(dict.fromkeys(given))
@@ -201,6 +222,17 @@ def surgery_attention(
             f"{type(module).__name__} was called around its converted forward (an instance-level `forward` hides it): "
             "remove the patch, or apply surgery after it"
         )
+    if surgery.used:
+        raise SurgeryError(
+            f"{type(module).__name__} calls attention several times in one forward, over one state: this architecture "
+            "cannot be converted"
+        )
+    surgery.used = True
+    if key.shape[2] != query.shape[2]:
+        raise SurgeryError(
+            f"{type(module).__name__} attends to {key.shape[2]} keys by {query.shape[2]} queries: it takes them from "
+            "elsewhere (another layer, or an encoder), which a recurrence cannot follow"
+        )
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     context = module.surgery_context(query, key, value, scaling, surgery)
     cache, window = surgery.cache, kwargs.get("sliding_window")
@@ -213,19 +245,26 @@ def surgery_attention(
             module, (query, key, value, attention_mask), scaling, kwargs, Chunk(module.mixer, context, real)
         )
     if cache is not None:
-        return cache.step(module.mixer, context, real), None
-    return Chunk(module.mixer, context, real).run(None, return_state=False)[0], None
+        output = cache.step(module.mixer, context, real)
+    else:
+        output = Chunk(module.mixer, context, real).run(None, return_state=False)[0]
+    return output[..., : value.shape[-1]].contiguous(), None
 
 
 def _transfer(module: nn.Module, inputs: tuple, scaling: float, kwargs: dict, chunk: Chunk) -> tuple[Tensor, None]:
     """Pass the teacher's output on; record how far the student is from it, on the same q, k and v."""
     switch: Switch = module.surgery_switch
-    eager = sys.modules[original_class(type(module)).__module__].eager_attention_forward
+    source = sys.modules[original_class(type(module)).__module__]
+    eager = getattr(source, "eager_attention_forward", ALL_ATTENTION_FUNCTIONS["sdpa"])
     attention = ALL_ATTENTION_FUNCTIONS.get_interface(switch.implementation, eager)
+    query, key, value, mask = inputs
+    if not hasattr(module, "num_key_value_groups"):
+        # what attention functions ask, to share keys and values among heads
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
     with torch.no_grad():
-        teacher = attention(module, *inputs, scaling=scaling, **kwargs)[0].detach()
+        teacher = attention(module, query, key, value, mask, scaling=scaling, **kwargs)[0].detach()
     chunk = Chunk(chunk.mixer, chunk.context.map(lambda tensor: tensor.detach()), chunk.real)
-    student = chunk.run(None, return_state=False)[0]
+    student = chunk.run(None, return_state=False)[0][..., : teacher.shape[-1]]
     loss = switch.transfer_loss(*_select(student, teacher, chunk.real))
     if switch.cross_entropy:
         loss = loss + switch.cross_entropy * chunk.cross_entropy()
@@ -239,6 +278,8 @@ def _transfer(module: nn.Module, inputs: tuple, scaling: float, kwargs: dict, ch
 
 def _projected_l2(module: nn.Module, student: Tensor, teacher: Tensor, real: Tensor | None) -> Tensor:
     """Mean over the real tokens of ‖h_t - h_s‖ / √C between hidden states after the output projection (RADLADS)."""
+    if module.surgery_family.o is None:
+        raise SurgeryError(f"projected_l2 compares after the output projection, which {type(module).__name__} lacks")
     project = getattr(module, module.surgery_family.o)
     with torch.no_grad():
         wanted = project(teacher.flatten(2))
@@ -292,6 +333,11 @@ def use_implementation(module: nn.Module, implementation: str | None) -> None:
     if implementation is not None:
         module.config = copy.copy(module.surgery_config)
         module.config._attn_implementation_internal = implementation
+
+
+def mask_config(model: nn.Module) -> Any:
+    """The config by which a converted model makes its masks: the model's own, or that of its text model."""
+    return next(iter(converted_layers(model).values())).surgery_config
 
 
 def _rebind_forward(module: nn.Module) -> None:

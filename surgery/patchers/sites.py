@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from inspect import unwrap
 from typing import Any
 
 from torch import nn
@@ -10,16 +11,29 @@ from transformers import PreTrainedModel
 
 from ..errors import UnsupportedModelError
 from ..mixers.base import AttentionShape
-from .families import FAMILIES, Family
+from .families import ALIBI, FAMILIES, REFUSED, WRAPPERS, Family, size
 from .interface import IMPLEMENTATION, Site, Surgical, converted_layers, original_class
 
 MODEL_TYPE_PREFIX = "surgery_"
-WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine", "DataParallel")
+SEE = "docs/models.md lists the models that are supported"
+BY_ITSELF = "computes attention by itself instead of through transformers' AttentionInterface"
+PARALLEL = ("DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine", "DataParallel")
 
 
 def base_model_type(config: object) -> str:
     """`llama` for both a Llama and a converted Llama."""
     return getattr(config, "model_type", "").removeprefix(MODEL_TYPE_PREFIX)
+
+
+def find_family(config: Any) -> Family | None:
+    """That of the model, or of the text model in a multimodal one; None: not supported."""
+    model_type = base_model_type(config)
+    return FAMILIES.get(text_model_type(config) if model_type in WRAPPERS else model_type)
+
+
+def text_model_type(config: Any) -> str:
+    """`llama` for a Llava around a Llama, and for a Llama."""
+    return base_model_type(config.get_text_config(decoder=True))
 
 
 def find_model(model: nn.Module) -> PreTrainedModel:
@@ -35,7 +49,7 @@ def find_model(model: nn.Module) -> PreTrainedModel:
         )
     converted = any(isinstance(module, Surgical) for module in model.modules())
     for path, module in [] if converted else model.named_modules():
-        if type(module).__name__ in WRAPPERS or type(module).__name__.startswith("FSDP"):
+        if type(module).__name__ in PARALLEL or type(module).__name__.startswith("FSDP"):
             raise UnsupportedModelError(
                 f"{path or 'the model'} is already wrapped by {type(module).__name__}: apply surgery before wrapping, "
                 "so that new parameters are wrapped too"
@@ -76,13 +90,21 @@ def find_sites(model: PreTrainedModel) -> list[Site]:
     family = _family(model)
     config = model.config.get_text_config(decoder=True)
     modules = [(path, module) for path, module in model.named_modules() if type(module).__name__ == family.attention]
+    # encoders and attention to encoders, which some families make of the same class, stay as they are
+    modules = [found for found in modules if _is_causal(found[1])] or modules
     if not modules:
         raise UnsupportedModelError(
             f"{name} has no {family.attention} modules, so there is no softmax attention to convert: pass the model "
             "that holds the decoder layers"
         )
     layers = len(modules)
-    return [Site(path, module, family, _shape(path, module, config, layers)) for path, module in modules]
+    return [Site(path, module, family, _shape(path, module, family, config, layers)) for path, module in modules]
+
+
+def has_softmax(model: PreTrainedModel) -> bool:
+    """Whether any attention of the family is left unconverted, be it to an encoder."""
+    attention = _family(model).attention
+    return any(type(module).__name__ == attention for module in model.modules())
 
 
 def projections(model: PreTrainedModel, roles: Iterable[str]) -> list[str]:
@@ -95,50 +117,61 @@ def projections(model: PreTrainedModel, roles: Iterable[str]) -> list[str]:
     for path, module in model.named_modules():
         cls = original_class(type(module)) if isinstance(module, Surgical) else type(module)
         if cls.__name__ == family.attention:
-            found += [f"{path}.{getattr(family, role)}" for role in roles]
+            names = [getattr(family, role) for role in roles]
+            found += [f"{path}.{name}" for name in names if name is not None]
     return list(dict.fromkeys(found))
 
 
 def _family(model: PreTrainedModel) -> Family:
     model_type = base_model_type(model.config)
-    family = FAMILIES.get(model_type)
-    if family is not None:
+    family = find_family(model.config)
+    if family is not None and not getattr(model.config, "alibi", False):
         return family
-    supported = ", ".join(sorted(FAMILIES))
+    raise UnsupportedModelError(f"{type(model).__name__} ({model_type}) cannot be converted: {_reason(model)}; {SEE}")
+
+
+def _reason(model: PreTrainedModel) -> str:
+    for model_type in (base_model_type(model.config), text_model_type(model.config)):
+        if model_type in REFUSED:
+            return REFUSED[model_type]
+    if getattr(model.config, "alibi", False):
+        return ALIBI
     if not any("attention" in type(module).__name__.lower() for module in model.modules()):
-        raise UnsupportedModelError(
-            f"{type(model).__name__} has no attention to convert; supported families: {supported}"
-        )
+        return "it has no attention"
     if not getattr(model, "_supports_attention_backend", False):
-        raise UnsupportedModelError(
-            f"{type(model).__name__} ({model_type}) computes attention by itself instead of through transformers' "
-            f"AttentionInterface, which surgery needs; supported families: {supported}"
-        )
-    raise UnsupportedModelError(
-        f"{type(model).__name__} ({model_type}) is not a supported family yet; supported: {supported}"
-    )
+        return f"it {BY_ITSELF}"
+    return "its family is not known yet"
 
 
-def _shape(path: str, module: Any, config: Any, layers: int) -> AttentionShape:
-    if not getattr(module, "is_causal", True) or getattr(module, "is_cross_attention", False):
+def _is_causal(module: nn.Module) -> bool:
+    return getattr(module, "is_causal", True) and not getattr(module, "is_cross_attention", False)
+
+
+def _shape(path: str, module: Any, family: Family, config: Any, layers: int) -> AttentionShape:
+    if not _is_causal(module):
         raise UnsupportedModelError(f"{path} is not causal self-attention, and only that is supported for this family")
     if getattr(module, "layer_idx", None) is None:
         raise UnsupportedModelError(
             f"{path} has no layer_idx, which caches need: build the model from its config class"
         )
+    # older versions of transformers may not have moved a family to the interface yet
+    if family.forward is None and "ALL_ATTENTION_FUNCTIONS" not in unwrap(type(module).forward).__code__.co_names:
+        raise UnsupportedModelError(f"{path} {BY_ITSELF}: upgrade transformers")
+    if getattr(module, "is_kv_shared_layer", False):
+        raise UnsupportedModelError(f"{path} attends to keys and values of an earlier layer, which needs them all")
     if "forward" in module.__dict__ and not hasattr(module, "_hf_hook"):
         raise UnsupportedModelError(
             f"the forward of {path} was replaced on the instance (by another library?): apply surgery before that patch"
         )
-    heads = config.num_attention_heads
+    heads, kv_heads, head_dim = size(module, config)
     return AttentionShape(
         heads=heads,
-        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-        head_dim=getattr(module, "head_dim", None) or module.head_size,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
         hidden_size=config.hidden_size,
         layer=module.layer_idx,
         layers=layers,
-        sliding_window=getattr(module, "sliding_window", getattr(config, "sliding_window", None)),
+        sliding_window=getattr(module, "sliding_window", getattr(config, "sliding_window", None)) or None,
         softcap=getattr(module, "attn_logit_softcapping", None),
     )
 

@@ -26,7 +26,7 @@ from surgery.evaluation.report import remarks, tables
 from surgery.evaluation.run import is_demo, output_files
 
 DEMO = Path(find_spec("surgery").submodule_search_locations[0]) / "demo"
-SHORT = ("--length", "64", "--copy-tokens", "20", "--device", "cpu")
+SHORT = ("--length", "64", "--copy-tokens", "20", "--no-probes", "--device", "cpu")
 
 
 def run(*arguments, code: int = 0):
@@ -122,6 +122,23 @@ def test_earlier_runs_are_read_back(folders, tmp_path):
     assert not (tmp_path / "x.json").exists()
 
 
+def test_a_quick_run_measures_a_little_of_everything(folders, tmp_path):
+    tasks = tmp_path / "piqa.jsonl"
+    tasks.write_text('{"query": "Question: How cold is it?\\n", "choices": ["cold", "not at all"], "gold": 0}\n' * 30)
+    data = ("--data", folders["text"], "--tasks", tasks, "--device", "cpu", "--out", tmp_path / "quick")
+    output = run(folders["converted"], *data, "--against", folders["softmax"], "--quick").output
+    for words in ("piqa acc_norm (20)", "tokens a second", "branches of the converted model"):
+        assert words in output
+    data = json.loads((tmp_path / "quick.json").read_text())
+    for found in (data["result"], data["softmax"]):
+        assert found["domains"]["prose"]["windows"] == 4 and found["length"] == 256
+        assert found["tasks"]["piqa"]["metrics"]["acc"]["count"] == 20
+        assert {recall["kind"] for recall in found["recall"]} == {"pairs", "needle"}
+        assert found["parity"]["kl"]["value"] < 1e-6 and found["speed"]["decode"]["count"] == 2
+    assert data["result"]["branches"] and not data["softmax"]["branches"]
+    assert (tmp_path / "quick.md").read_text().count("| softmax softmax |") >= 4
+
+
 def test_tokens_need_no_tokenizer(folders, tmp_path):
     for file in ("config.json", "model.safetensors"):
         (tmp_path / file).write_bytes((folders["softmax"] / file).read_bytes())
@@ -135,6 +152,7 @@ def test_tokens_need_no_tokenizer(folders, tmp_path):
     [
         ((), "no text to evaluate"),
         (("--data", "absent.txt"), "absent.txt: cannot be read: "),
+        (("--data", "TEXT", "--tasks", "absent.jsonl"), "absent.jsonl: cannot be read: "),
         (("--data", "TEXT", "--dtype", "int8"), "unknown dtype 'int8'"),
         (("--data", "TEXT", "--length", "4000"), "prose: 1111 tokens hold no window of 4000"),
         (("--data", "TEXT", "--softmax", "absent.json"), "absent.json: cannot be read as an evaluation: "),
@@ -162,6 +180,10 @@ def test_where_files_go(tmp_path):
     assert output_files(str(tmp_path))[0] == tmp_path / "evaluation.json"
     assert output_files("new/")[2] == Path("new/evaluation.png")
     assert output_files("runs/liger.v1") == tuple(Path(f"runs/liger.v1.{end}") for end in ("json", "md", "png"))
+
+
+def test_a_model_is_named():
+    assert run(code=2).stderr.startswith("no model: surgery evaluate MODEL")
 
 
 # what is shown

@@ -51,7 +51,7 @@ def check(ours: Function, torch_path: Function, tensors: Tensors, dtype: torch.d
 
 
 def bits(tensors: list[Tensor]) -> list[Tensor]:
-    return [x.contiguous().view(torch.uint8) for x in tensors]
+    return [x.contiguous().flatten().view(torch.uint8) for x in tensors]
 
 
 def same(function: Function, tensors: Tensors, **options: Any) -> bool:

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from gpu_cases import check, everything, same
+from gpu_cases import check, errors, everything, same
 
 from surgery import kernels
 
@@ -76,6 +76,18 @@ def test_documents():
 @pytest.mark.parametrize("half_lives", [(-3.4, -3.3), (19.9, 20), (-4, 20)], ids=["short", "long", "mixed"])
 def test_extreme_gates(half_lives):
     check(ours, plain, draw(300, half_lives=half_lives), torch.bfloat16)
+
+
+@pytest.mark.parametrize("half_lives", [(1, 12), (-4, 20)], ids=["near", "far"])
+@pytest.mark.parametrize("width", [64, 128])
+def test_without_gradients(width, half_lives):
+    """One sweep does all then, and rounds as several do."""
+    tensors = draw(300, heads=(4, 4, 2), features=width, columns=width, half_lives=half_lives)
+    tensors["log_gate"] = tensors["log_gate"].bfloat16()
+    with torch.no_grad():
+        found = ours(**tensors)[:2]
+    expected = [x.double() for x in everything(ours, tensors)[:2]]
+    assert max(errors(list(found), expected)) < torch.finfo(torch.bfloat16).eps
 
 
 @pytest.mark.parametrize("width", [64, 128])

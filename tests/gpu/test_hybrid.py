@@ -75,6 +75,16 @@ def test_windows(size, layout, mix):
     check(ours, plain, draw(600, mix=mix), torch.bfloat16, window=Window(size, layout))
 
 
+@pytest.mark.parametrize("layout", ["sliding", "terraced"])
+@pytest.mark.parametrize("mix", ["none", "joint", "logmass"])
+def test_sinks(mix, layout):
+    """In one document and in many, some of which are shorter than the sinks."""
+    window = Window(64, layout, sinks=4)
+    check(ours, plain, draw(600, mix=mix), torch.bfloat16, window=window)
+    segments = (torch.rand(2, 600, device="cuda") < 0.02).cumsum(1)
+    check(ours, plain, draw(600, mix=mix, dim=128), torch.bfloat16, window=window, segments=segments)
+
+
 @pytest.mark.parametrize("heads", [(8, 1), (3, 3)], ids=str)
 def test_heads(heads):
     for per_head in (False, True):
@@ -88,11 +98,12 @@ def test_documents_and_softcap():
 
 @pytest.mark.parametrize("mix", ["joint", "logmass"])
 def test_same_bits_every_time(mix):
-    assert same(ours, draw(1000, mix=mix, dim=128, features=64))
+    for sinks in (0, 4):
+        assert same(ours, draw(1000, mix=mix, dim=128, features=64), window=Window(64, sinks=sinks))
 
 
 def test_all_is_written(poison):
     for mix in ("none", "joint", "logmass"):
-        for layout in ("sliding", "terraced"):
-            found = everything(ours, draw(177, dim=80, features=40, mix=mix), window=Window(64, layout))
+        for window in (Window(64), Window(64, "terraced"), Window(64, sinks=4)):
+            found = everything(ours, draw(277, dim=80, features=40, mix=mix), window=window)
             assert all(x.isfinite().all() for x in found)

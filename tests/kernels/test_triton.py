@@ -250,7 +250,6 @@ def test_compiles_for_a_gpu():
     """Without one, and in a process of its own: this one interprets."""
     environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "benchmarks.check_kernels", "--arch", "90", "--dtype", "bf16", "--square"]
-    # tiles of 64 columns spill some hundred bytes and are up to twice as fast as narrower ones: see results/tune.json
-    command += ["--group", "1", "--gate", "2", "--spills", "800"]
+    command += ["--group", "1", "--gate", "2"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -22,7 +22,7 @@ if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("kernels run on a GPU or in the interpreter", allow_module_level=True)
 
 pytest.importorskip("triton")
-from surgery.kernels.triton import channel, channel_attention, channel_configs
+from surgery.kernels.triton import channel, channel_attention
 
 ROOT = Path(__file__).resolve().parents[2]
 ALONG = ("q", "k", "v", "log_gate")
@@ -120,13 +120,6 @@ def test_documents():
     assert error(draw(130, True, (1, 1, 1), batch=2), normalize=True, documents=packed()) < 1e-5
 
 
-def test_rows_in_parts(monkeypatch):
-    """Where heads are few, programs share a row and start from states found before."""
-    monkeypatch.setattr(channel_configs, "LEAST_CHUNKS", 2)
-    assert channel_configs.chunks_each(1, 9) < 9
-    assert error(draw(130, True, (1, 1, 1)), normalize=True, documents=packed()[:1]) < 1e-5
-
-
 @pytest.mark.parametrize("half_life", [0.02, 0.1, 1e6])
 def test_extreme_gates(half_life):
     tensors = draw(70)
@@ -166,15 +159,14 @@ def test_continues_from_a_state():
 
 @pytest.mark.parametrize("half_life", [3.0, 0.3], ids=["near", "far"])
 def test_tiles_of_sixteen_bits(monkeypatch, half_life):
-    """The chunks, cuts and sums of bf16 on fp32 tensors: gates are summed in two parts of eight bits each."""
-    monkeypatch.setattr(channel_configs, "chunk", lambda bits: 64)
+    """The chunks, cuts and sums of bf16 on fp32 tensors: far ones sum gates in two parts of eight bits each."""
     monkeypatch.setattr(channel.Call, "bits", 16)
     monkeypatch.setattr(channel.Call, "reach", 64.0)
     tensors = draw(100, True, (1, 1, 1), half_life=half_life)
-    _, far = torch.ops.surgery.channel_attention(
-        *(tensors[n] for n in (*ALONG, "S", "z")), None, 1.0, True, 1e-12
-    )[-2:]  # fmt: skip
-    assert far.any() == (half_life < 1)
+    near = torch.ops.surgery.channel_attention(
+        *(tensors[n] for n in (*ALONG, "S", "z")), None, 1.0, True, 1e-12, False
+    )[8]  # fmt: skip
+    assert near.all() == (half_life > 1)
     assert error(tensors, normalize=True) < 2e-4
 
 
@@ -193,6 +185,16 @@ def test_sixteen_bits(dtype):
     assert all(leaves[name].grad.dtype == x.dtype for name, x in tensors.items())
     found = [x.grad for x in leaves.values()]
     assert difference(found, [x.grad for x in wide.values()]) < 2e-2
+
+
+@pytest.mark.parametrize("half_life", [3.0, 0.1], ids=["near", "far"])
+def test_without_gradients(half_life):
+    """One sweep does all then."""
+    tensors = draw(70, heads=(2, 2, 1), half_life=half_life)
+    with torch.no_grad():
+        found = channel_attention(**tensors, scale=0.7)
+    wide = {name: x.double() for name, x in tensors.items()}
+    assert difference(found, exact(**wide, scale=0.7)) < 1e-5
 
 
 def test_only_what_is_asked_for_has_a_gradient():
@@ -214,8 +216,8 @@ def test_only_what_is_asked_for_has_a_gradient():
 
 def test_is_an_operation_torch_knows():
     t = {name: x.requires_grad_() for name, x in draw(9, True, features=3, columns=4).items()}
-    start = torch.tensor([[-1] * 4 + [4] * 4 + [8]], dtype=torch.int32)
-    arguments = (*(t[n] for n in (*ALONG, "S", "z")), start, 0.5, True, 1e-12)
+    documents = torch.tensor([[0] * 4 + [1] * 4 + [2]], dtype=torch.int32)
+    arguments = (*(t[n] for n in (*ALONG, "S", "z")), documents, 0.5, True, 1e-12, True)
     torch.library.opcheck(torch.ops.surgery.channel_attention.default, arguments)
 
 
@@ -270,7 +272,7 @@ def test_operations_are_the_references(form):
 def test_compiles_for_a_gpu():
     """Without one, and in a process of its own: this one interprets."""
     environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "benchmarks.check_kernels", "--arch", "90", "--dtype", "bf16", "--square"]
-    command += ["--group", "1", "--gate", "3", "--plain", "--spills", "1000"]
+    command = [sys.executable, "-m", "benchmarks.check_kernels", "--arch", "90", "--dtype", "bf16", "--features", "128"]
+    command += ["--dim", "128", "--group", "1", "--gate", "3", "--plain"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -17,6 +17,10 @@ from surgery.kernels.state import split_state
 from surgery.mixers import AttentionShape, Mixer
 
 every_mixer = pytest.mark.parametrize("name", CONFIGS)
+# compiling takes ten seconds: one of each kind, and all mixes of the linear one
+every_graph = pytest.mark.parametrize(
+    "name", sorted({(config["kind"], str(config.get("mix"))): name for name, config in CONFIGS.items()}.values())
+)
 
 
 @every_mixer
@@ -133,7 +137,7 @@ def test_every_parameter_learns(name):
         assert parameter.grad.abs().max() > 0, parameter_name
 
 
-@every_mixer
+@every_graph
 def test_one_graph_for_training_and_decoding(name):
     torch._dynamo.reset()
     mixer = build(name, torch.float32)

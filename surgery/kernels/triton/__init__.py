@@ -1,6 +1,6 @@
 """The operations as Triton kernels; nothing outside this folder imports triton.
 
-Calls that no kernel covers (fp64, more than 256 features, on a GPU gates per channel) run chunked.
+Calls that no kernel covers (fp64, more than 256 features) run chunked.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from torch.nn import functional
 from .. import chunked
 from .. import features as maps
 from ..chunked.tiles import real
+from ..dispatch import forced
 from ..specs import Features, State
 from .channel import channel_attention
-from .decay import INTERPRET, WIDEST, decay_attention, require_gpu
+from .decay import WIDEST, decay_attention, require_gpu
 from .delta import delta_rule
 from .error import output_error
 from .hybrid import hybrid_attention, window_attention
@@ -157,9 +158,9 @@ def _delta(
     if unit:
         phi_q, phi_k = maps.unit(phi_q), maps.unit(phi_k)
     heads = phi_k.shape[2]
-    phi_k, beta = real(lengths, phi_k, beta.repeat_interleave(heads // beta.shape[2], 2))
+    phi_k, beta = real(lengths, phi_k, _repeated(beta, heads))
     if gate is not None:
-        (gate,) = real(lengths, gate.repeat_interleave(heads // gate.shape[2], 2))
+        (gate,) = real(lengths, _repeated(gate, heads))
     y, S = delta_rule(
         phi_q.to(q.dtype),
         phi_k.to(q.dtype),
@@ -171,6 +172,17 @@ def _delta(
         documents=_documents(segments, lengths),
     )
     return y, {"S": S} if return_state else None
+
+
+def _mapped(features: Features, x: Tensor) -> Tensor:
+    """φ(x) in the dtype of x, which is not copied for nothing."""
+    plain = features.name == "identity" and all(part is None for part in features[1:])
+    return x if plain else maps.apply(features, x).to(x.dtype)
+
+
+def _repeated(x: Tensor, heads: int) -> Tensor:
+    """[B, T, H, ...] of so many heads."""
+    return x if x.shape[2] == heads else x.repeat_interleave(heads // x.shape[2], 2)
 
 
 def _documents(segments: Tensor | None, lengths: Tensor | None) -> Tensor | None:
@@ -199,19 +211,18 @@ def _attention(
     """The call by kernels, None if they do not cover it."""
     if q.dtype.itemsize > 4 or v.shape[-1] > WIDEST:
         return None
-    if gate is not None and gate.ndim == 4 and not INTERPRET:
-        return None  # right in the interpreter, but gradients are wrong as Triton 3.6 compiles them for sm_90
     require_gpu(q)
+    if gate is not None and gate.ndim == 4 and not forced():
+        return None  # these kernels ran on a GPU in an earlier form only: by default plain torch, until they have again
     q, k, v = real(lengths, q, k, v)
-    phi_q, phi_k = maps.apply(features_q, q), maps.apply(features_k, k)
+    phi_q, phi_k = _mapped(features_q, q), _mapped(features_k, k).to(q.dtype)
     if phi_k.shape[-1] > WIDEST:
         return None
     # padding leaves the state as it is
     (phi_k,) = real(lengths, phi_k)
     if gate is not None:
-        gate = gate.repeat_interleave(phi_k.shape[2] // gate.shape[2], 2)
-        (gate,) = real(lengths, gate)
-    tensors = phi_q.to(q.dtype), phi_k.to(q.dtype), v.to(q.dtype)
+        (gate,) = real(lengths, _repeated(gate, phi_k.shape[2]))
+    tensors = phi_q, phi_k, v.to(q.dtype)
     options: dict[str, Any] = {
         "scale": scale,
         "normalize": normalize,

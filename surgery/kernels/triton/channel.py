@@ -9,14 +9,24 @@ import triton
 from torch import Tensor
 
 from . import channel_configs as configs
-from .channel_gradients import far_key_query_gradients, far_value_gradients, key_query_gradients, value_gradients
-from .channel_sweeps import chunk_totals, far_outputs, output_sweep, state_sweep
+from .channel_far import far_key_query_gradients, far_outputs, far_value_gradients
+from .channel_gradients import key_query_gradients
+from .channel_sweeps import output_sweep, prepare, value_sweep
 from .configs import padded
-from .decay import INTERPRET
+from .decay import INTERPRET, contiguous, gradients, outputs
 from .sweeps import excess_rows
 
-SPAN = 8
+SPAN = 32
 """Chunks that a program looks through for those that one cut will not do for."""
+
+
+class Prepared(NamedTuple):
+    """What `prepare` makes of q, k and gates: [B, T, H, F], [B, T, H_s, F], [B, H_s, N, 2, F] and [B, H_s, N]."""
+
+    q: Tensor
+    k: Tensor
+    factors: Tensor
+    near: Tensor
 
 
 class Call(NamedTuple):
@@ -26,21 +36,13 @@ class Call(NamedTuple):
     k: Tensor
     v: Tensor
     log_gate: Tensor
-    start: Tensor | None
+    documents: Tensor | None
     normalize: bool
+    training: bool = True
 
     @property
     def bits(self) -> int:
         return self.q.element_size() * 8
-
-    @property
-    def chunks(self) -> int:
-        return triton.cdiv(self.q.shape[1], configs.chunk(self.bits))
-
-    @property
-    def exact(self) -> bool:
-        """Whether sums of log-gates are fp32, not parts of them in bf16."""
-        return self.bits == 32
 
     @property
     def reach(self) -> float:
@@ -48,78 +50,59 @@ class Call(NamedTuple):
         half of that in bf16; fp16 lacks the range for more, and in fp32 sums would lose precision."""
         return 64.0 if self.q.dtype == torch.bfloat16 else 8.0
 
+    @property
+    def fused(self) -> bool:
+        """Whether the sweep for outputs multiplies queries and keys by their factors itself, for fewer bytes moved:
+        where nothing is kept for gradients, and registers and shared memory suffice."""
+        width = self.tile(configs.SWEEP).channels * self.log_gate.element_size()
+        shared = self.q.shape[2] > self.k.shape[2]
+        return not (self.training or self.normalize or shared or self.documents is not None) and width <= 256
+
+    def tile(self, kernel: str) -> configs.Tile:
+        return configs.tile(kernel, self.q.shape[3], self.v.shape[3], self.bits)
+
+    @property
+    def chunks(self) -> int:
+        chunk = self.tile(configs.SWEEP).chunk
+        return (self.q.shape[1] + chunk - 1) // chunk
+
     def told(self, kernel: Any, tile: configs.Tile, **more: Any) -> dict[str, Any]:
         """What a kernel asks for by name, and its launch options."""
-        chunk = configs.chunk(self.bits)
         known = {
             "H": self.q.shape[2],
             "H_S": self.k.shape[2],
             "H_KV": self.v.shape[2],
             "F_WIDTH": self.q.shape[3],
             "D_WIDTH": self.v.shape[3],
-            "C": chunk,
+            "C": tile.chunk,
+            "F": tile.channels,
             "X": tile.channels,
             "D": tile.columns,
-            "LEVELS": chunk.bit_length() - 1,
+            "LEVELS": tile.chunk.bit_length() - 1,
+            "SPAN": SPAN,
             "REACH": self.reach,
-            "DOCUMENTS": self.start is not None,
+            "DOCUMENTS": self.documents is not None,
             "NORMALIZE": self.normalize,
-            "SPLIT": self.log_gate.dtype != torch.bfloat16,
-            "EXACT": self.exact,
+            "EXACT": self.bits == 32,
             "PRECISION": "ieee",
-            "STAGES": tile.stages,
             "INTERPRET": INTERPRET,
             **more,
         }
-        options = {"num_warps": tile.warps, "num_stages": tile.stages}
+        options = {"num_warps": tile.warps, "num_stages": tile.stages, "maxnreg": tile.registers}
         return {name: x for name, x in known.items() if name in kernel.arg_names} | options
 
-    def tile(self, kernel: str) -> configs.Tile:
-        return configs.tile(kernel, self.v.shape[3], self.bits)
-
-    def totals(self) -> tuple[Tensor, Tensor]:
-        """Log2-gates of whole chunks [B, H_s, N, F], and which of these [B, H_s, N] cannot be cut once."""
-        batch, tokens, heads, features = self.k.shape
-        totals, far = _totals(self.q, self.k)
-        chunk_totals[self.chunks, heads, batch](
-            self.log_gate, totals, far, tokens,
-            **self.told(chunk_totals, configs.Tile(0, 0), F=padded(features)),
-        )  # fmt: skip
-        return totals, far
-
-    def sweep_states(
-        self,
-        x: Tensor,
-        w: Tensor,
-        totals: Tensor,
-        S: Tensor | None,
-        z: Tensor | None,
-        every: int,
-        dtype: torch.dtype,
-        scale: float = 1.0,
-        reverse: bool = False,
-        factors: Tensor | None = None,
-        excess: Tensor | None = None,
-        S_end: Tensor | None = None,
-        z_end: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """States [B, H_s, N / every, F, D_v] and, if there is a normaliser, their z; see the kernel."""
-        batch, tokens, heads, features = self.k.shape
-        columns, stored = self.v.shape[3], triton.cdiv(self.chunks, every)
-        states = self.q.new_empty(batch, heads, stored, features, columns, dtype=dtype)
-        zs = self.q.new_empty((batch, heads, stored, features) if self.normalize else 0, dtype=torch.float32)
-        if self.normalize and (S is None) != (z is None):
-            S = states.new_zeros(batch, heads, features, columns, dtype=torch.float32) if S is None else S
-            z = zs.new_zeros(batch, heads, features) if z is None else z
-        tile = self.tile("states")
-        grid = triton.cdiv(columns, tile.columns) * triton.cdiv(features, tile.channels), heads, batch
-        more = {"H_X": x.shape[2], "H_W": w.shape[2], "REVERSE": reverse}
-        state_sweep[grid](
-            x, w, self.log_gate, totals, self.start, factors, excess, S, z, states, zs, S_end, z_end,
-            tokens, every, scale,
-            **self.told(state_sweep, tile, CARRIED=S is not None, ENDS=S_end is not None, **more),
-        )  # fmt: skip
-        return states, zs
+    def made(self) -> tuple[Tensor, ...]:
+        """Room for what is `Prepared`, less what a fused call does not store; and, in training, for states and z as
+        chunks see them [B, H_s, N, F, D_v] and [B, H_s, N, F]."""
+        batch, _, heads, features = self.k.shape
+        sizes = batch, heads, self.chunks
+        q, k = (x.new_empty(0 if self.fused else x.shape) for x in (self.q, self.k))
+        single = (0,) if self.fused else (*sizes, 2, features), sizes, (*sizes, features)
+        factors, near, zs = (q.new_empty(x, dtype=torch.float32) for x in single)
+        # products of the states nearly cancel others where there is a normaliser: nothing is rounded
+        dtype = torch.float32 if self.normalize else q.dtype
+        states = q.new_empty((*sizes, features, self.v.shape[3]) if self.training else 0, dtype=dtype)
+        return q, k, factors, near, states, zs
 
 
 @torch.library.custom_op("surgery::channel_attention", mutates_args=())
@@ -130,63 +113,41 @@ def _forward(
     log_gate: Tensor,
     S: Tensor | None,
     z: Tensor | None,
-    start: Tensor | None,
+    documents: Tensor | None,
     scale: float,
     normalize: bool,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """y; S and z after the call; the denominators [B, T, H] and, where it is not y, y in fp32, both empty where there
-    is no normaliser; and what `Call.totals` finds."""
-    q, k, v, log_gate, S, z, start = _contiguous(q, k, v, log_gate, S, z, start)
-    call = Call(q, k, v, log_gate, start, normalize)
+    training: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """y, the state after the call, the denominators [B, T, H] and, for training, what rounding takes from y, as of
+    `decay_attention`; and what `Call.made` has room for."""
+    q, k, v, log_gate, S, z, documents = contiguous(q, k, v, log_gate, S, z, documents)
+    call = Call(q, k, v, log_gate, documents, normalize, training)
     batch, tokens, heads, _ = q.shape
-    y, S_after, z_after, mass, precise = _outputs(q, k, v, normalize)
-    totals, far = call.totals()
-    found = precise if precise.numel() else y
-    tile = call.tile("outputs")
-    slices = triton.cdiv(v.shape[3], tile.columns)
-    each = configs.chunks_each(slices * heads * batch, call.chunks)
-    parts = max(1, triton.cdiv(call.chunks, each))
-    if parts > 1:
-        S, z = call.sweep_states(k, v, totals, S, z, each, torch.float32)
-    output_sweep[slices * parts, heads, batch](
-        q, k, v, log_gate, totals, far, start, S, z, found, mass, S_after, z_after, tokens, parts, each, scale, eps,
-        **call.told(output_sweep, tile, CARRIED=S is not None),
+    y, S_after, z_after, mass, rest = outputs(q, k, v, normalize, training)
+    *prepared, states, zs = call.made()
+    made = Prepared(*prepared)
+    if not call.fused:
+        prepare[k.shape[2], call.chunks, batch](
+            q, k, log_gate, *made, tokens, scale, **call.told(prepare, call.tile(configs.PREPARE))
+        )
+    tile = call.tile(configs.SWEEP)
+    flags = {"CARRIED": S is not None, "STATES": training, "REST": rest.numel() > 0, "MAKE": call.fused}
+    operands = (q, k) if call.fused else (made.q, made.k)
+    output_sweep[triton.cdiv(v.shape[3], tile.columns), k.shape[2], batch](
+        *operands, v, log_gate, made.factors, made.near, documents, S, z, y, rest, mass, states, zs, S_after, z_after,
+        tokens, scale, eps, **call.told(output_sweep, tile, **flags),
     )  # fmt: skip
     far_outputs[triton.cdiv(call.chunks, SPAN), heads, batch](
-        q, k, v, log_gate, start, far, found, mass, tokens, SPAN, scale,
-        **call.told(far_outputs, tile),
+        q, k, v, log_gate, made.near, documents, y, rest, mass, tokens, scale,
+        **call.told(far_outputs, call.tile(configs.FAR), **flags),
     )  # fmt: skip
-    if found is not y:
-        y.copy_(found)
-    return y, S_after, z_after, mass, precise, totals, far
+    return y, S_after, z_after, mass, rest, *made, states, zs
 
 
 @_forward.register_fake
-def _(q, k, v, log_gate, S, z, start, scale, normalize, eps):
-    return *_outputs(q, k, v, normalize), *_totals(q, k)
-
-
-def _outputs(q: Tensor, k: Tensor, v: Tensor, normalize: bool) -> tuple[Tensor, ...]:
-    batch, tokens, heads, features = q.shape
-    y = q.new_empty(batch, tokens, heads, v.shape[3])
-    sizes: list[tuple[int, ...]] = [(batch, k.shape[2], features, v.shape[3])]
-    sizes += [(batch, k.shape[2], features), (batch, tokens, heads)] if normalize else [(0,), (0,)]
-    # gradients of a normaliser cancel, and what rounding took from y would not
-    sizes.append(tuple(y.shape) if normalize and q.dtype.itemsize < 4 else (0,))
-    S, z, mass, precise = (q.new_empty(size, dtype=torch.float32) for size in sizes)
-    return y, S, z, mass, precise
-
-
-def _totals(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-    batch, tokens, heads, features = k.shape
-    chunk = configs.chunk(q.element_size() * 8)
-    sizes = batch, heads, (tokens + chunk - 1) // chunk
-    return q.new_empty(*sizes, features, dtype=torch.float32), q.new_empty(sizes, dtype=torch.int32)
-
-
-def _contiguous(*tensors: Tensor | None) -> list[Any]:
-    return [None if x is None else x.contiguous() for x in tensors]
+def _(q, k, v, log_gate, S, z, documents, scale, normalize, eps, training):
+    return *outputs(q, k, v, normalize, training), *Call(q, k, v, log_gate, documents, normalize, training).made()
 
 
 @torch.library.custom_op("surgery::channel_attention_backward", mutates_args=())
@@ -200,95 +161,95 @@ def _backward(
     log_gate: Tensor,
     S: Tensor | None,
     z: Tensor | None,
-    start: Tensor | None,
+    documents: Tensor | None,
     y: Tensor,
     mass: Tensor,
-    totals: Tensor,
-    far: Tensor,
+    rest: Tensor,
+    q_made: Tensor,
+    k_made: Tensor,
+    factors: Tensor,
+    near: Tensor,
+    states: Tensor,
+    zs: Tensor,
     scale: float,
     normalize: bool,
     gate_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, log_gate, S and z; empty where there is nothing to take one of."""
-    dy, dS_after, dz_after, q, k, v, log_gate, S, z, start = _contiguous(
-        dy, dS_after, dz_after, q, k, v, log_gate, S, z, start
+    dy, dS_after, dz_after, q, k, v, log_gate, documents = contiguous(
+        dy, dS_after, dz_after, q, k, v, log_gate, documents
     )
-    call = Call(q, k, v, log_gate, start, normalize)
-    batch, tokens, heads, features = q.shape
+    call = Call(q, k, v, log_gate, documents, normalize)
+    made = Prepared(q_made, k_made, factors, near)
+    batch, tokens, _, features = q.shape
     state_heads, columns = k.shape[2], v.shape[3]
-    dq, dk, dv, dlog_gate, dS, dz = _gradients(q, k, v, log_gate, S, z, gate_gradient)
-    excess, factors = torch.empty_like(mass), scale / mass
+    dq, dk, dv, dlog_gate, dS, dz = gradients(q, k, v, log_gate, S, z, gate_gradient)
+    dstates, dzs = torch.empty_like(states), torch.empty_like(zs)
+    inverse, excess = 1 / mass, torch.empty_like(mass)
     if normalize:
         rows = excess.numel()
-        width = padded(columns)
-        excess_rows[(triton.cdiv(rows, 32),)](dy, y, None, excess, rows, WIDTH=columns, R=32, X=width, REST=False)
-    states, zs = call.sweep_states(k, v, totals, S, z, 1, q.dtype)
-    dstates, dzs = call.sweep_states(
-        q, dy, totals, dS_after, dz_after, 1, q.dtype, scale, True, factors, excess, None if S is None else dS, dz
-    )
-    spans = triton.cdiv(call.chunks, SPAN)
-    tile = call.tile("keys and queries")
-    cuts = triton.cdiv(features, tile.channels)
-    key_query_gradients[cuts * state_heads, call.chunks, batch](
-        q, k, v, dy, log_gate, totals, far, start, factors, excess, states, zs, dstates, dzs, dq, dk, dlog_gate,
-        tokens, scale,
-        **call.told(key_query_gradients, tile, GATE=gate_gradient),
-    )  # fmt: skip
-    far_key_query_gradients[cuts * spans, state_heads, batch](
-        q, k, v, dy, log_gate, far, start, factors, excess, dq, dk, dlog_gate, tokens, SPAN, scale,
-        **call.told(far_key_query_gradients, tile, GATE=gate_gradient),
-    )  # fmt: skip
+        excess_rows[(triton.cdiv(rows, 32),)](
+            dy, y, rest, excess, rows, WIDTH=columns, R=32, X=padded(columns), REST=rest.numel() > 0
+        )
     # one per head of the state: several may share a head of v
     shared = dv if v.shape[2] == state_heads else dv.new_empty(batch, tokens, state_heads, columns, dtype=torch.float32)
-    tile = call.tile("values")
-    slices = triton.cdiv(columns, tile.columns)
-    value_gradients[slices * state_heads, call.chunks, batch](
-        q, k, dy, log_gate, totals, far, start, factors, dstates, shared, tokens, scale,
-        **call.told(value_gradients, tile),
+    tile = call.tile(configs.SWEEP)
+    ends = {
+        "DS_AFTER": dS_after is not None,
+        "DZ_AFTER": dz_after is not None,
+        "DS": S is not None,
+        "DZ": z is not None,
+    }
+    value_sweep[triton.cdiv(columns, tile.columns), state_heads, batch](
+        made.q, made.k, dy, made.factors, made.near, documents, inverse, excess, dS_after, dz_after, shared, dstates,
+        dzs, dS, dz, tokens, **call.told(value_sweep, tile, **ends),
     )  # fmt: skip
+    tile = call.tile(configs.FAR)
+    slices, spans = triton.cdiv(columns, tile.columns), triton.cdiv(call.chunks, SPAN)
     far_value_gradients[slices * spans, state_heads, batch](
-        q, k, dy, log_gate, far, start, factors, shared, tokens, SPAN, scale,
+        q, k, dy, log_gate, made.near, documents, inverse, shared, tokens, scale,
         **call.told(far_value_gradients, tile),
     )  # fmt: skip
     if shared is not dv:
         dv.copy_(shared.unflatten(2, (v.shape[2], -1)).sum(3))
+    tile = call.tile(configs.GRADIENTS)
+    cuts = triton.cdiv(features, tile.channels)
+    key_query_gradients[cuts * state_heads, call.chunks, batch](
+        made.q, made.k, v, dy, log_gate, made.factors, made.near, documents, inverse, excess, states, zs, dstates, dzs,
+        dq, dk, dlog_gate, tokens, scale, **call.told(key_query_gradients, tile, GATE=gate_gradient),
+    )  # fmt: skip
+    far_key_query_gradients[cuts * spans, state_heads, batch](
+        q, k, v, dy, log_gate, made.near, documents, inverse, excess, dq, dk, dlog_gate, tokens, scale,
+        **call.told(far_key_query_gradients, tile, GATE=gate_gradient),
+    )  # fmt: skip
     return dq, dk, dv, dlog_gate, dS, dz
 
 
 @_backward.register_fake
-def _(dy, dS_after, dz_after, q, k, v, log_gate, S, z, start, y, mass, totals, far, scale, normalize, gate_gradient):
-    return _gradients(q, k, v, log_gate, S, z, gate_gradient)
-
-
-def _gradients(
-    q: Tensor, k: Tensor, v: Tensor, log_gate: Tensor, S: Tensor | None, z: Tensor | None, gate: bool
-) -> tuple[Tensor, ...]:
-    def like(x: Tensor | None) -> Tensor:
-        return q.new_empty(0) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format)
-
-    return like(q), like(k), like(v), like(log_gate if gate else None), like(S), like(z)
+def _(
+    dy, dS_after, dz_after, q, k, v, log_gate, S, z, documents, y, mass, rest, q_made, k_made, factors, near, states,
+    zs, scale, normalize, gate_gradient,
+):  # fmt: skip
+    return gradients(q, k, v, log_gate, S, z, gate_gradient)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.scale, ctx.normalize, _ = inputs
-    y, _, _, mass, precise, totals, far = output
-    ctx.mark_non_differentiable(far)
-    ctx.save_for_backward(*tensors, precise if precise.numel() else y, mass, totals, far)
+    *tensors, ctx.scale, ctx.normalize, _, _ = inputs
+    ctx.save_for_backward(*tensors, output[0], *output[3:])
     ctx.set_materialize_grads(False)
 
 
 def _chain(ctx: Any, dy: Tensor | None, dS: Tensor | None, dz: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
-    q, k, v, log_gate, S, z, start, y, mass, totals, far = ctx.saved_tensors
-    dy = torch.zeros_like(y, dtype=q.dtype) if dy is None else dy
+    q, k, v, log_gate, S, z, documents, y, *found = ctx.saved_tensors
+    dy = torch.zeros_like(y) if dy is None else dy
     dz = dz if ctx.normalize else None
     found = _backward(
-        dy, dS, dz, q, k, v, log_gate, S, z, start, y, mass, totals, far, ctx.scale, ctx.normalize,
-        ctx.needs_input_grad[3],
-    )  # fmt: skip
+        dy, dS, dz, q, k, v, log_gate, S, z, documents, y, *found, ctx.scale, ctx.normalize, ctx.needs_input_grad[3]
+    )
     present = (x is not None for x in (q, k, v, log_gate, S, z))
-    gradients = (x if wanted and there else None for x, wanted, there in zip(
+    given = (x if wanted and there else None for x, wanted, there in zip(
         found, ctx.needs_input_grad, present, strict=False))  # fmt: skip
-    return *gradients, None, None, None, None
+    return *given, None, None, None, None, None
 
 
 _forward.register_autograd(_chain, setup_context=_setup)
@@ -325,10 +286,7 @@ def channel_attention(
         raise ValueError("A normalised call that starts from a state S needs its z.")
     gate = log_gate if log_gate.dtype.itemsize <= 4 else log_gate.float()
     S, z = (None if x is None else x.float() for x in (S, z if normalize else None))
-    start = None
-    if documents is not None:
-        opens = torch.nn.functional.pad(documents[:, 1:] != documents[:, :-1], (1, 0))
-        position = torch.arange(documents.shape[1], device=documents.device, dtype=torch.int32)
-        start = torch.where(opens, position, -1).cummax(1).values.to(torch.int32)
-    y, S_after, z_after, *_ = _forward(q, k, v, gate, S, z, start, float(scale), normalize, float(eps))
+    documents = None if documents is None else documents.to(torch.int32)
+    training = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, gate, S, z))
+    y, S_after, z_after, *_ = _forward(q, k, v, gate, S, z, documents, float(scale), normalize, float(eps), training)
     return y, S_after, z_after if normalize else None

@@ -6,46 +6,31 @@ from typing import NamedTuple
 
 from .configs import padded
 
-PROGRAMS = 192
-"""Of the sweep for outputs. Fewer than half as many would leave a large GPU idle."""
-LEAST_CHUNKS = 8
-"""A shorter part of a row is not worth the state that it starts from."""
-
 
 class Tile(NamedTuple):
-    """channels: of F at a time. columns: of v per program. warps, stages: as Triton's launch options."""
+    """chunk: tokens. channels: of F, all or those of a slice. columns: of v. warps, stages, registers: as Triton's
+    launch options, the last at most."""
 
+    chunk: int
     channels: int
     columns: int
     warps: int = 4
-    stages: int = 1
+    stages: int = 2
+    registers: int | None = None
 
 
-# of 16 bits. Chosen for few spills by `make check-kernels`, not yet for speed. No tile is less than 64 wide: others are
-# laid out in another way, and ptxas 12.8, which triton 3.6 brings, mixes up the addresses of kernels that have both.
-# 256 columns: all, since the weights of pairs are sums over them
-TABLE: dict[str, Tile] = {
-    "states": Tile(64, 64, 4, 2),
-    "outputs": Tile(64, 64, 4, 2),
-    "keys and queries": Tile(64, 256, 4, 1),
-    "values": Tile(64, 128, 4, 2),
-}
+PREPARE, SWEEP, GRADIENTS, FAR = "prepare", "sweep", "gradients", "far"
+"""Kernels that hold all channels, or these and a slice of columns; a slice of channels and all columns, or of both."""
 
 
-def tile(kernel: str, columns: int, bits: int) -> Tile:
-    """The table's row, for v of so many columns; 32 bits take small tiles."""
-    row = TABLE[kernel]
-    if bits == 32:
-        return Tile(16, padded(columns) if row.columns == 256 else min(padded(columns), 32))
-    return row._replace(columns=min(max(64, padded(columns)), row.columns))
-
-
-def chunk(bits: int) -> int:
-    """Tokens per chunk."""
-    return 64 if bits == 16 else 16
-
-
-def chunks_each(programs: int, chunks: int) -> int:
-    """Into parts of how many chunks the sweep for outputs cuts a row that it would take so many programs not to cut."""
-    parts = max(1, min(PROGRAMS // programs, chunks // LEAST_CHUNKS))
-    return max(1, -(-chunks // parts))
+def tile(kernel: str, features: int, columns: int, bits: int) -> Tile:
+    """Slices are of 64, in 16 bits. No tile is less than 64 wide: others are laid out in another way, and ptxas 12.8,
+    which triton 3.6 brings, mixes up the addresses of kernels that have both."""
+    chunk, slice_ = (64, 64) if bits == 16 else (16, 16)
+    f, d = max(slice_, padded(features)), max(slice_, padded(columns))
+    if kernel == PREPARE:
+        # few enough that programs share a multiprocessor: all they do is move bytes
+        return Tile(chunk, f, 0, 8 if f > 64 else 4, registers=128 if f <= 128 else None)
+    if kernel == SWEEP:
+        return Tile(chunk, f, slice_, 8 if f > 128 else 4, 2 if f > 64 else 3)
+    return Tile(chunk, slice_, d if kernel == GRADIENTS else slice_, 8 if d > 128 else 4, 1)

@@ -1,4 +1,4 @@
-"""What the kernels with a gate per channel share: decays inside a chunk, as products with 0/1 matrices.
+"""What the kernels with a gate per channel share: decays inside a chunk.
 
 A pair (i, j) decays, in every channel, by the sum of the log-gates after j up to i. Tensor cores multiply no such thing
 unless it is cut into a factor of the query and one of the key. There are two ways to cut:
@@ -8,8 +8,8 @@ unless it is cut into a factor of the query and one of the key. There are two wa
 - far, by halving levels, whatever the gates: pairs whose smallest common block has 2h tokens, at the middle of that
   block. No factor exceeds one, every pair is met at exactly one level, and a gate of zero is as good as any other.
 
-Sums are of log-gates, all of one sign. Where tensors are 16-bit, differences of such sums are taken too; FORGET bounds
-what these lose to less than operands are rounded by.
+Sums are of log2-gates, all of one sign. Differences of such sums are taken too: FORGET bounds what these lose to less
+than operands are rounded by.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tiles import LOG2_E
+from .tiles import LOG2_E, load_each
 
-# the least log-gates: e^this is zero to the precision of operands. Both are exact in bf16
-FORGET_EXACT = tl.constexpr(-100.0)
-FORGET = tl.constexpr(-24.0)
+# the least log2-gates: two to this is zero to the precision of operands
+FORGET_EXACT = tl.constexpr(-144.0)
+FORGET = tl.constexpr(-32.0)
 
 
 @triton.jit
@@ -29,46 +29,12 @@ def load_gates(
     gate_ptr, row, live, head, first, HEADS: tl.constexpr, WIDTH: tl.constexpr, C: tl.constexpr, X: tl.constexpr,
     EXACT: tl.constexpr,
 ):  # fmt: skip
-    """[C, X] fp32: log-gates of a chunk, finite; channels and tokens beyond either end keep everything."""
+    """[C, X] fp32: log2-gates of a chunk, finite; channels and tokens beyond either end keep everything."""
     r = tl.arange(0, C)[:, None]
     x = first + tl.arange(0, X)[None, :]
     base = gate_ptr + (row * HEADS + head) * WIDTH
     gates = tl.load(base + r * (HEADS * WIDTH) + x, mask=(r < live) & (x < WIDTH), other=0.0)
-    return tl.maximum(gates.to(tl.float32), FORGET_EXACT if EXACT else FORGET)
-
-
-@triton.jit
-def load_starts(start_ptr, row, live, C: tl.constexpr, DOCUMENTS: tl.constexpr):
-    """Where the documents of the tokens of a chunk start [C], and that of its last one; in tokens of the row."""
-    if DOCUMENTS:
-        starts = tl.load(start_ptr + row + tl.arange(0, C), mask=tl.arange(0, C) < live, other=-1)
-        last = tl.load(start_ptr + row + tl.minimum(live, C) - 1)
-    else:
-        starts = tl.full([C], -1, tl.int32)
-        last = -1
-    return starts, last
-
-
-@triton.jit
-def load_block(
-    ptr, at, first_f, first_d, F_WIDTH: tl.constexpr, D_WIDTH: tl.constexpr, X: tl.constexpr, D: tl.constexpr
-):
-    """[D, X] fp32: a block of state number `at`, transposed; states are [F_WIDTH, D_WIDTH]."""
-    f = first_f + tl.arange(0, X)[None, :]
-    d = first_d + tl.arange(0, D)[:, None]
-    base = ptr + at * (F_WIDTH * D_WIDTH)
-    return tl.load(base + f * D_WIDTH + d, mask=(f < F_WIDTH) & (d < D_WIDTH), other=0.0).to(tl.float32)
-
-
-@triton.jit
-def store_block(
-    ptr, S, at, first_f, first_d, F_WIDTH: tl.constexpr, D_WIDTH: tl.constexpr, X: tl.constexpr, D: tl.constexpr
-):
-    """The inverse of `load_block`."""
-    f = first_f + tl.arange(0, X)[None, :]
-    d = first_d + tl.arange(0, D)[:, None]
-    base = ptr + at * (F_WIDTH * D_WIDTH)
-    tl.store(base + f * D_WIDTH + d, S.to(ptr.dtype.element_ty), mask=(f < F_WIDTH) & (d < D_WIDTH))
+    return tl.maximum(gates.to(tl.float32) * LOG2_E, FORGET_EXACT if EXACT else FORGET)
 
 
 @triton.jit
@@ -86,10 +52,10 @@ def store_line(ptr, line, at, first, WIDTH: tl.constexpr, X: tl.constexpr):
 
 
 @triton.jit
-def sums(which, x, SPLIT: tl.constexpr, EXACT: tl.constexpr, INTERPRET: tl.constexpr):
+def sums(which, x, EXACT: tl.constexpr, INTERPRET: tl.constexpr):
     """[C, X] fp32: rows of x [C, X] summed as the rows of the 0/1 matrix `which` [C, C] tell.
 
-    EXACT: in fp32; otherwise as products in bf16, of one part of x or, if SPLIT, of two.
+    EXACT: in fp32; otherwise as products in bf16, of two parts of x.
     """
     if EXACT:
         return tl.dot(which, x, input_precision="ieee")
@@ -98,28 +64,8 @@ def sums(which, x, SPLIT: tl.constexpr, EXACT: tl.constexpr, INTERPRET: tl.const
         which = which.to(operand)
         part = x.to(tl.bfloat16)
         y = tl.dot(which, part.to(operand), input_precision="ieee")
-        if SPLIT:
-            rest = (x - part.to(tl.float32)).to(tl.bfloat16)
-            y = tl.dot(which, rest.to(operand), y, input_precision="ieee")
-        return y
-
-
-@triton.jit
-def upto(C: tl.constexpr):
-    """[C, C]: each token and all before it."""
-    return tl.where(tl.arange(0, C)[None, :] <= tl.arange(0, C)[:, None], 1.0, 0.0)
-
-
-@triton.jit
-def after(C: tl.constexpr):
-    """[C, C]: all after each token."""
-    return tl.where(tl.arange(0, C)[None, :] > tl.arange(0, C)[:, None], 1.0, 0.0)
-
-
-@triton.jit
-def since(C: tl.constexpr):
-    """[C, C]: each token and all after it."""
-    return tl.where(tl.arange(0, C)[None, :] >= tl.arange(0, C)[:, None], 1.0, 0.0)
+        rest = (x - part.to(tl.float32)).to(tl.bfloat16)
+        return tl.dot(which, rest.to(operand), y, input_precision="ieee")
 
 
 @triton.jit
@@ -139,23 +85,43 @@ def level_pairs(h, C: tl.constexpr):
 
 
 @triton.jit
-def where_cut(total, near):
-    """Log2-factors of a chunk [X] that is cut: before, and after the cut.
-
-    A state that queries read is scaled by the first of these, one that keys are written to by the second, and then by
-    the first. Unless `near`, queries decay from the chunk's start and keys to its end, which serves states alone.
-    """
-    cut = tl.where(near, total * 0.5, 0.0)
-    return cut, total - cut
+def one_cut(gates, REACH: tl.constexpr):
+    """1 if a chunk of all channels can be cut once, 0 if it decays too far."""
+    return tl.where(tl.min(tl.sum(gates, 0), 0) >= -2.0 * REACH, 1.0, 0.0)
 
 
 @triton.jit
-def pair_exponents(
-    gates, cut, left, C: tl.constexpr, SPLIT: tl.constexpr, EXACT: tl.constexpr, INTERPRET: tl.constexpr
-):
-    """Log2-factors of queries and keys [C, X]."""
-    spent = sums(upto(C), gates, SPLIT, EXACT, INTERPRET) * LOG2_E
+def exponents(gates, near, EXACT: tl.constexpr):
+    """Log2-factors of a chunk that is cut: of queries and of keys [C, X], and before and after the cut [X].
+
+    A state that queries read is scaled by the third of these, one that keys are written to by the last, and then by the
+    third. Unless `near`, queries decay from the chunk's start and keys to its end, which serves states alone.
+
+    EXACT: sums of whole exponents are, and fractions are at most a half.
+    """
+    total = tl.sum(gates, 0)
+    cut = total * (0.5 * near)
+    left = total - cut
     if EXACT:
-        return spent - cut[None, :], sums(after(C), gates, SPLIT, EXACT, INTERPRET) * LOG2_E - cut[None, :]
+        whole = tl.floor(gates + 0.5)
+        rest = gates - whole
+        read = tl.cumsum(whole, 0) + (tl.cumsum(rest, 0) - cut[None, :])
+        after = tl.sum(whole, 0)[None, :] - tl.cumsum(whole, 0)
+        written = after + ((tl.sum(rest, 0)[None, :] - tl.cumsum(rest, 0)) - cut[None, :])
     else:
-        return spent - cut[None, :], left[None, :] - spent
+        spent = tl.cumsum(gates, 0)
+        read, written = spent - cut[None, :], left[None, :] - spent
+    return read, written, cut, left
+
+
+@triton.jit
+def query_terms(inverse_ptr, excess_ptr, row, live, query, H: tl.constexpr, C: tl.constexpr, NORMALIZE: tl.constexpr):
+    """1 / m and excess [C] of queries.
+
+    If NORMALIZE, y_i = N_i / m_i turns dy_i·v_j into (dy_i·v_j - excess_i) / m_i with excess_i = dy_i·y_i.
+    """
+    inverse, excess = tl.full([C], 1.0, tl.float32), tl.zeros([C], tl.float32)
+    if NORMALIZE:
+        inverse = load_each(inverse_ptr, row, live, query, H, C, 0.0)
+        excess = load_each(excess_ptr, row, live, query, H, C, 0.0)
+    return inverse, excess

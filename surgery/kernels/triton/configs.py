@@ -14,9 +14,15 @@ class Config(NamedTuple):
     stages: int = 2
 
 
-def padded(width: int) -> int:
+def padded(width: int, least: int = 16) -> int:
     """The width of a tile that holds `width` columns: a power of two that tensor cores take."""
-    return max(16, 1 << (width - 1).bit_length())
+    return max(least, 1 << (width - 1).bit_length())
+
+
+def narrowest(bits: int) -> int:
+    """Columns of the narrowest tile: less than 64 of 16 bits would be laid out otherwise than wider ones, and ptxas
+    12.8, which triton 3.6 comes with, mixes up the addresses in kernels that multiply both."""
+    return 64 if bits == 16 else 16
 
 
 PLAIN, NORMALIZED, GATE_GRADIENT = "plain", "normalized", "gate gradient"
@@ -45,8 +51,10 @@ STAGES = {
     "states": 3, "increments": 1, "outputs": 1, "queries": 1, "features": 1, "keys": 2, "sinks": 1, "map": 1,
     "map rows": 1, "map weights": 3,
 }  # fmt: skip
+# the padded width from which on a kernel takes eight warps instead of four
+EIGHT = {"increments": 128, "sinks": 64}
 LAUNCH = {
-    (kernel, widest): (8 if widest == 256 or (widest == 128 and kernel == "increments") else 4, stages)
+    (kernel, widest): (8 if widest >= EIGHT.get(kernel, 256) else 4, stages)
     for kernel, stages in STAGES.items()
     for widest in (64, 128, 256)
 }

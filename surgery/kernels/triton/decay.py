@@ -79,9 +79,9 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """y, the state after the call, the denominators [B, T, H] and, for training, what rounding took from y; empty where
     there is no normaliser."""
-    q, k, v, log_decay, S, z, documents = _contiguous(q, k, v, log_decay, S, z, documents)
+    q, k, v, log_decay, S, z, documents = contiguous(q, k, v, log_decay, S, z, documents)
     call = Call(q, k, v, log_decay, documents, scale)
-    y, S_after, z_after, mass, rest = _outputs(q, k, v, normalize, training)
+    y, S_after, z_after, mass, rest = outputs(q, k, v, normalize, training)
     grid, options, f, d = call.launch(NORMALIZED if normalize else PLAIN, q.shape[3], v.shape[3])
     output_sweep[grid](
         q, k, v, log_decay, documents, S, z, y, rest, mass, S_after, z_after, q.shape[1], scale, eps,
@@ -93,10 +93,10 @@ def _forward(
 
 @_forward.register_fake
 def _(q, k, v, log_decay, S, z, documents, scale, normalize, eps, training):
-    return _outputs(q, k, v, normalize, training)
+    return outputs(q, k, v, normalize, training)
 
 
-def _outputs(q: Tensor, k: Tensor, v: Tensor, normalize: bool, training: bool) -> tuple[Tensor, ...]:
+def outputs(q: Tensor, k: Tensor, v: Tensor, normalize: bool, training: bool) -> tuple[Tensor, ...]:
     batch, tokens, heads, features = q.shape
     y = q.new_empty(batch, tokens, heads, v.shape[3])
     sizes: list[tuple[int, ...]] = [(batch, k.shape[2], features, v.shape[3])]
@@ -107,7 +107,7 @@ def _outputs(q: Tensor, k: Tensor, v: Tensor, normalize: bool, training: bool) -
     return y, S, z, mass, torch.empty_like(y) if kept else q.new_empty(0)
 
 
-def _contiguous(*tensors: Tensor | None) -> list[Any]:
+def contiguous(*tensors: Tensor | None) -> list[Any]:
     return [None if x is None else x.contiguous() for x in tensors]
 
 
@@ -131,13 +131,13 @@ def _backward(
     gate_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, log_decay, S and z; empty where there is nothing to take one of."""
-    dy, dS_after, dz_after, q, k, v, log_decay, S, z, documents = _contiguous(
+    dy, dS_after, dz_after, q, k, v, log_decay, S, z, documents = contiguous(
         dy, dS_after, dz_after, q, k, v, log_decay, S, z, documents
     )
     call = Call(q, k, v, log_decay, documents, scale)
     batch, tokens, _, features = q.shape
     state_heads, columns = k.shape[2], v.shape[3]
-    dq, dk, dv, dlog_decay, dS, dz = _gradients(q, k, v, log_decay, S, z, gate_gradient)
+    dq, dk, dv, dlog_decay, dS, dz = gradients(q, k, v, log_decay, S, z, gate_gradient)
     common = {**call.sizes, **call.flags, "NORMALIZE": normalize}
 
     grid, options, d, f = call.launch(GATE_GRADIENT if gate_gradient else PLAIN, columns, features)
@@ -181,10 +181,10 @@ def _backward(
 
 @_backward.register_fake
 def _(dy, dS_after, dz_after, q, k, v, log_decay, S, z, documents, y, mass, rest, scale, normalize, gate_gradient):
-    return _gradients(q, k, v, log_decay, S, z, gate_gradient)
+    return gradients(q, k, v, log_decay, S, z, gate_gradient)
 
 
-def _gradients(
+def gradients(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, S: Tensor | None, z: Tensor | None, gate: bool
 ) -> tuple[Tensor, ...]:
     def like(x: Tensor | None) -> Tensor:

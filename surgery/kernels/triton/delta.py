@@ -9,7 +9,7 @@ import triton
 from torch import Tensor
 
 from .configs import delta_launch, padded
-from .decay import INTERPRET, _contiguous
+from .decay import INTERPRET, contiguous
 from .delta_backward import chunk_gradients, gradient_sweep, local_gradients
 from .delta_forward import inverses, outputs, state_sweep
 
@@ -100,7 +100,7 @@ def _forward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, the state after the call, and the inverses of all chunks."""
-    q, k, v, beta, log_decay, S, documents = _contiguous(q, k, v, beta, log_decay, S, documents)
+    q, k, v, beta, log_decay, S, documents = contiguous(q, k, v, beta, log_decay, S, documents)
     call = Call(q, k, v, beta, log_decay, documents, scale)
     y, _, inverse = _outputs(q, k, v)
     tokens = q.shape[1]
@@ -141,7 +141,7 @@ def _backward(
     gate_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, beta, log_decay and S; empty where there is nothing to take one of."""
-    dy, dS_after, q, k, v, beta, log_decay, S, documents = _contiguous(
+    dy, dS_after, q, k, v, beta, log_decay, S, documents = contiguous(
         dy, dS_after, q, k, v, beta, log_decay, S, documents
     )
     call = Call(q, k, v, beta, log_decay, documents, scale)
@@ -161,7 +161,23 @@ def _backward(
     slices = triton.cdiv(features, told["F"])
     parts = beta.new_empty(2, slices, *beta.shape)
     chunk_gradients[call.grid(slices * call.chunks)](
-        q, k, v, u, dy, dr, beta, *call.gate, states, dstates, dq, dk, *parts, tokens, scale, **told
+        q,
+        k,
+        v,
+        u,
+        dy,
+        dr,
+        beta,
+        *call.gate,
+        states,
+        dstates,
+        dq,
+        dk,
+        *parts,
+        tokens,
+        scale,
+        q.shape[2] // k.shape[2],
+        **told,
     )
     # several heads of the state may share one of v
     dv.copy_((dr * beta.unsqueeze(-1)).unflatten(2, (v.shape[2], -1)).sum(3))

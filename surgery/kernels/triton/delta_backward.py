@@ -45,7 +45,7 @@ def local_gradients(
 
 @triton.jit(do_not_specialize=["T", "scale"])
 def gradient_sweep(
-    q_ptr, k_ptr, dy_ptr, beta_ptr, gate_ptr, document_ptr, inverse_ptr, du_ptr, dS_after_ptr,
+    q_ptr, k_ptr, dy_ptr, beta_ptr, gate_ptr, document_ptr, solution_ptr, du_ptr, dS_after_ptr,
     dr_ptr, dSs_ptr, dS_ptr,
     T, scale,
     H: tl.constexpr, H_S: tl.constexpr, F_WIDTH: tl.constexpr, D_WIDTH: tl.constexpr, C: tl.constexpr,
@@ -63,7 +63,7 @@ def gradient_sweep(
         n = chunks - 1 - step
         row, live = b * T + n * C, T - n * C
         k = load_rows(k_ptr, row, live, head, 0, H_S, F_WIDTH, C, F, INTERPRET)
-        inverse_ = load_rows(inverse_ptr, row, live, head, 0, H_S, C, C, C, INTERPRET)
+        inverse_ = load_rows(solution_ptr, row, live, head, 0, H_S, C, C, C, INTERPRET)
         du = load_rows(du_ptr, row, live, head, first, H_S, D_WIDTH, C, D, INTERPRET).to(tl.float32)
         beta = load_each(beta_ptr, row, live, head, H_S, C, 0.0)
         since, until, total, _ = decays(gate_ptr, document_ptr, row, live, n * C, head, H_S, C, GATE, DOCUMENTS, False)
@@ -83,11 +83,11 @@ def gradient_sweep(
         store_state(dS_ptr, dS, b * H_S + head, first, D_WIDTH, 1, F_WIDTH, D_WIDTH, F, D)
 
 
-@triton.jit(do_not_specialize=["T", "scale"])
+@triton.jit(do_not_specialize=["T", "scale", "groups"])
 def chunk_gradients(
     q_ptr, k_ptr, v_ptr, u_ptr, dy_ptr, dr_ptr, beta_ptr, gate_ptr, document_ptr, Ss_ptr, dSs_ptr,
     dq_ptr, dk_ptr, dbeta_ptr, dgate_ptr,
-    T, scale,
+    T, scale, groups,
     H: tl.constexpr, H_S: tl.constexpr, H_KV: tl.constexpr, F_WIDTH: tl.constexpr, D_WIDTH: tl.constexpr,
     C: tl.constexpr, F: tl.constexpr, D: tl.constexpr, GATE: tl.constexpr, DOCUMENTS: tl.constexpr,
     GATE_GRADIENT: tl.constexpr, PRECISION: tl.constexpr, INTERPRET: tl.constexpr,
@@ -138,7 +138,8 @@ def chunk_gradients(
     dk = tl.dot(tl.trans((dA * beta[:, None]).to(operand)), k, dk, input_precision=PRECISION)
     reads *= -beta
 
-    for g in range(H // H_S):
+    # a number of rounds that the compiler knows to be one would have it hold both halves of this at once
+    for g in range(groups):
         query = head * (H // H_S) + g
         weights = tl.zeros([C, C], tl.float32)
         dq = tl.zeros([C, F], tl.float32)

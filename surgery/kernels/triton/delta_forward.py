@@ -20,7 +20,7 @@ from .tiles import decays, load_each, load_rows, load_state, store_rows, store_s
 
 @triton.jit(do_not_specialize=["T"])
 def inverses(
-    k_ptr, beta_ptr, gate_ptr, document_ptr, inverse_ptr,
+    k_ptr, beta_ptr, gate_ptr, document_ptr, solution_ptr,
     T,
     H_S: tl.constexpr, F_WIDTH: tl.constexpr, C: tl.constexpr, F: tl.constexpr, GATE: tl.constexpr,
     DOCUMENTS: tl.constexpr, PRECISION: tl.constexpr, INTERPRET: tl.constexpr,
@@ -33,12 +33,12 @@ def inverses(
     _, _, _, decay = decays(gate_ptr, document_ptr, row, live, n * C, head, H_S, C, GATE, DOCUMENTS, False)
     A = tl.dot(k, tl.trans(k), input_precision=PRECISION) * decay * beta[:, None]
     found = inverse(tl.where(strictly_lower(C), A, 0.0), C, INTERPRET)
-    store_rows(inverse_ptr, found, row, live, head, 0, H_S, C, C, C)
+    store_rows(solution_ptr, found, row, live, head, 0, H_S, C, C, C)
 
 
 @triton.jit(do_not_specialize=["T"])
 def state_sweep(
-    k_ptr, v_ptr, beta_ptr, gate_ptr, document_ptr, inverse_ptr, S_ptr, u_ptr, Ss_ptr, S_after_ptr,
+    k_ptr, v_ptr, beta_ptr, gate_ptr, document_ptr, solution_ptr, S_ptr, u_ptr, Ss_ptr, S_after_ptr,
     T,
     H_S: tl.constexpr, H_KV: tl.constexpr, F_WIDTH: tl.constexpr, D_WIDTH: tl.constexpr, C: tl.constexpr,
     F: tl.constexpr, D: tl.constexpr, GATE: tl.constexpr, DOCUMENTS: tl.constexpr, CARRIED: tl.constexpr,
@@ -55,7 +55,7 @@ def state_sweep(
         row, live = b * T + n * C, T - n * C
         k = load_rows(k_ptr, row, live, head, 0, H_S, F_WIDTH, C, F, INTERPRET)
         v = load_rows(v_ptr, row, live, head // (H_S // H_KV), first, H_KV, D_WIDTH, C, D, INTERPRET)
-        inverse_ = load_rows(inverse_ptr, row, live, head, 0, H_S, C, C, C, INTERPRET)
+        inverse_ = load_rows(solution_ptr, row, live, head, 0, H_S, C, C, C, INTERPRET)
         beta = load_each(beta_ptr, row, live, head, H_S, C, 0.0)
         since, until, total, _ = decays(gate_ptr, document_ptr, row, live, n * C, head, H_S, C, GATE, DOCUMENTS, False)
         store_state(Ss_ptr, S, (b * H_S + head) * chunks + n, first, D_WIDTH, 1, F_WIDTH, D_WIDTH, F, D)

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..specs import LOG_MASS_BOUND, Features, LogMass
-from .configs import launch, padded
+from .configs import launch, narrowest, padded
 from .decay import INTERPRET
 from .mixed_tiles import power
 from .tiles import LOG2_E, load_each, load_rows, store_each, store_rows
@@ -165,8 +165,10 @@ def weight_gradients(
 
 def _told(x: Tensor, weight: Tensor, bias: Tensor | None, mass: Tensor | None, keys: bool) -> dict[str, Any]:
     maps, dim, width = weight.shape
+    least = narrowest(8 * x.element_size())
     return {
-        "H": x.shape[2], "MAPS": maps, "D_WIDTH": dim, "WIDTH": width, "D": padded(dim), "F": padded(width),
+        "H": x.shape[2], "MAPS": maps, "D_WIDTH": dim, "WIDTH": width, "D": padded(dim, least),
+        "F": padded(width, least),
         "C": 64 if x.element_size() == 2 else 16, "BIAS": bias is not None, "MASS": mass is not None, "KEYS": keys,
         "PRECISION": "ieee", "INTERPRET": INTERPRET,
     }  # fmt: skip

@@ -28,7 +28,7 @@ def key_states(call: Call, S: Tensor | None, z: Tensor | None) -> tuple[Tensor, 
     (batch, tokens), heads, f, d = call.q.shape[:2], call.state_heads, call.features, call.v.shape[3]
     states = call.q.new_empty((batch, heads, call.states, f, d), dtype=call.operand)
     zs = call.q.new_empty((batch, heads, call.states, f), dtype=torch.float32)
-    rows, columns = min(padded(f), 64), min(padded(d), 64)
+    rows, columns = min(call.padded(f), 64), min(call.padded(d), 64)
     slices = triton.cdiv(f, rows) * triton.cdiv(d, columns)
     if slices * heads * batch >= FEW:
         state_sweep[(slices, heads, batch)](

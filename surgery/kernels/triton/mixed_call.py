@@ -8,7 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
-from .configs import launch, padded
+from .configs import launch, narrowest, padded
 from .decay import INTERPRET
 
 
@@ -102,9 +102,9 @@ class Call(NamedTuple):
             "D_WIDTH": d,
             "V_WIDTH": v,
             "F_WIDTH": f,
-            "D": padded(d),
-            "V": padded(v),
-            "F": padded(f) if f else 16,
+            "D": self.padded(d),
+            "V": self.padded(v),
+            "F": self.padded(f) if f else 16,
             "W": self.window,
             "TERRACED": self.terraced,
             "BACK": self.geometry.back,
@@ -116,6 +116,9 @@ class Call(NamedTuple):
         }
         return {name: x for name, x in known.items() if name in kernel.arg_names}
 
+    def padded(self, width: int) -> int:
+        return padded(width, narrowest(8 * self.q.element_size()))
+
     def launch(self, kernel: str) -> dict[str, int]:
         return launch(kernel, self.q.shape[3], self.v.shape[3], self.features)
 
@@ -125,4 +128,4 @@ class Call(NamedTuple):
     @property
     def rows(self) -> int:
         """F of the programs that sum one chunk."""
-        return min(padded(self.features), 128)
+        return min(self.padded(self.features), 128)

@@ -13,7 +13,7 @@ from .. import chunked
 from ..chunked.tiles import real
 from ..chunked.transfer import ranks
 from ..specs import Features, Joint, LogMass, Window
-from .configs import padded
+from .configs import narrowest, padded
 from .decay import INTERPRET, WIDEST
 from .hybrid import covers, mapped
 from .transfer_kernels import key_gradients, query_gradients, row_losses
@@ -98,8 +98,8 @@ class Call(NamedTuple):
             F_WIDTH=f,
             R=rows,
             C=columns,
-            D=padded(d),
-            F=padded(f),
+            D=padded(d, narrowest(8 * self.q.element_size())),
+            F=padded(f, narrowest(8 * self.q.element_size())),
             W=self.window,
             REACH=2 * self.window if self.terraced else self.window,
             TERRACED=self.terraced,
