@@ -14,6 +14,7 @@ from surgery.recipe import Recipe, list_recipes, load_recipe, recipe_path
 SHIPPED = [
     "control/softmax-lora",
     "control/window-lora",
+    "llama/calibrated",
     "llama/deltanet",
     "llama/gated-deltanet",
     "llama/hedgehog",

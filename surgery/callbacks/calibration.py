@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
+from torch import distributed
 
 from ..calibration import calibrate
 from ..errors import SurgeryError
@@ -42,7 +42,7 @@ class Calibration(HealingCallback):
                 "it out"
             )
         self.report = calibrate(model, [batch], tokens=self.tokens)
-        with torch.no_grad():
+        if distributed.is_initialized():
             for module in converted_layers(model).values():
                 for parameter in module.mixer.parameters():
-                    parameter.copy_(trainer.strategy.broadcast(parameter.detach()))
+                    distributed.broadcast(parameter.detach(), 0)

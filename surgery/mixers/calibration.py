@@ -37,8 +37,9 @@ class Sample:
 
     def outputs(self, mixer: Mixer) -> Iterator[Tensor]:
         """[n, H, D] fp32 for every call: what the mixer makes of the real tokens."""
-        for context, _ in self.calls:
-            yield real_tokens(context, mixer.forward(context)[0]).float()
+        for context, teacher in self.calls:
+            # values of fewer channels than keys are padded on their way in
+            yield real_tokens(context, mixer.forward(context)[0])[..., : teacher.shape[-1]].float()
 
     def errors(self, mixer: Mixer) -> Tensor:
         """[H] fp64: the squared error of each head, as a part of all heads' squared output."""
