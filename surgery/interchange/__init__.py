@@ -17,7 +17,7 @@ from ..operate import apply
 from ..patchers.interface import converted_layers
 from ..patchers.sites import find_model
 from ..validation import Document, closest, validate
-from . import lolcats
+from . import liger, lolcats
 from .imported import Imported
 from .tensors import Keys, Source, read_config, read_tensors
 
@@ -34,6 +34,7 @@ class Format:
 
 FORMATS = {
     "lolcats": Format(lolcats.Options, lolcats.read),
+    "liger": Format(liger.Options, liger.read),
 }
 
 
