@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .errors import SurgeryError, loading
-from .interchange import commands
+from .exchange import import_model
 
 if TYPE_CHECKING:
     from .recipe import Recipe
@@ -284,7 +284,7 @@ def generate(
     network.generate(**inputs, **sampling, max_new_tokens=max_new_tokens, streamer=TextStreamer(tokenizer))
 
 
-app.command("import")(commands.import_)
+app.command("import")(import_model)
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""`surgery import` and `surgery export`; nothing heavy is imported before they run."""
+"""`surgery import` on the command line; nothing heavy is imported before they run."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import Annotated
 
 import typer
 
-from ..errors import loading
+from .errors import loading
 
 Options = Annotated[
     list[str] | None, typer.Option("--set", "-s", metavar="KEY=VALUE", help="An option of the format: window=32")
 ]
 
 
-def import_(
+def import_model(
     checkpoint: Annotated[list[Path], typer.Argument(help="Files or folders; of several, later ones win.")],
     model: Annotated[str, typer.Option("--model", "-m", help="The softmax model that it was made from.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder to make.")],
@@ -26,10 +26,10 @@ def import_(
     import torch
     from transformers import AutoConfig, AutoTokenizer
 
-    from .. import adapters
-    from ..hub import auto_class, replace_folder
-    from ..validation import parse_changes
-    from . import import_checkpoint
+    from . import adapters
+    from .hub import auto_class, replace_folder
+    from .interchange import import_checkpoint
+    from .validation import parse_changes
 
     with loading("model", model):
         config = AutoConfig.from_pretrained(model)
