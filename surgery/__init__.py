@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 from .calibration import calibrate
 from .errors import RecipeError, SurgeryError, UnsupportedModelError
 from .hub import from_pretrained, register_configs
-from .interchange import import_checkpoint
+from .interchange import export_checkpoint, import_checkpoint
 from .operate import apply, inspect, mode, revert
 from .recipe import Recipe, list_recipes, load_recipe
 
@@ -23,6 +23,7 @@ __all__ = [
     "apply",
     "calibrate",
     "callbacks_for",
+    "export_checkpoint",
     "from_pretrained",
     "import_checkpoint",
     "inspect",

@@ -1,4 +1,4 @@
-"""The command line: surgery recipes | inspect | plan | convert | import | evaluate | generate | doctor | demo.
+"""The command line: surgery recipes | inspect | plan | convert | import | export | evaluate | generate | doctor | demo.
 
 Nothing heavy is imported before a command needs it, so that `surgery --help` answers at once.
 """
@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .errors import SurgeryError, loading
-from .exchange import import_model
+from .exchange import export_model, import_model
 
 if TYPE_CHECKING:
     from .recipe import Recipe
@@ -285,6 +285,7 @@ def generate(
 
 
 app.command("import")(import_model)
+app.command("export")(export_model)
 
 
 @app.command()

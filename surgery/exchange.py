@@ -1,4 +1,4 @@
-"""`surgery import` on the command line; nothing heavy is imported before they run."""
+"""`surgery import` and `surgery export`; nothing heavy is imported before they run."""
 
 from __future__ import annotations
 
@@ -45,3 +45,19 @@ def import_model(
         except (OSError, ValueError):
             typer.echo(f"{model} has no tokenizer, so {out} has none")
     typer.echo(f"saved {out}; merging adapters moved logits by {drift:.1e} of the largest")
+
+
+def export_model(
+    model: Annotated[str, typer.Argument(help="A folder of a converted model.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to make.")],
+    format: Annotated[str, typer.Option("--format", "-f", help="For whom: fla or lolcats.")] = "fla",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+) -> None:
+    """Write a converted model as a checkpoint that another project reads, after comparing its logits."""
+    from .hub import from_pretrained
+    from .interchange import export_checkpoint
+
+    with loading("model", model):
+        network = from_pretrained(model, dtype=dtype)
+    options = export_checkpoint(network, out, format)
+    typer.echo(f"saved {out}" + "".join(f" {name}={value}" for name, value in options.items()))

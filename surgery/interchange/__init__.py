@@ -2,39 +2,51 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .. import adapters
+from .. import adapters, hub
 from ..errors import SurgeryError
 from ..mixers.base import Config
 from ..operate import apply
 from ..patchers.interface import converted_layers
 from ..patchers.sites import find_model
 from ..validation import Document, closest, validate
-from . import liger, lolcats
-from .imported import Imported
-from .tensors import Keys, Source, read_config, read_tensors
+from . import fla, liger, lolcats
+from .contents import Exported, Imported
+from .tensors import Keys, Source, adapter_settings, read_config, read_tensors
 
 Model = TypeVar("Model", bound=nn.Module)
+
+TOLERANCE, COARSE = {torch.float64: 1e-4, torch.float32: 1e-4}, 0.1
+"""How far logits of an exported model may be, by dtype: weights that were folded into others are rounded to it."""
 
 
 @dataclass(frozen=True)
 class Format:
-    """options: what keys and shapes do not tell. read: what a checkpoint makes of a softmax model."""
+    """options: what keys and shapes do not tell. read: what a checkpoint makes of a softmax model. settings: options
+    that a JSON file beside the tensors tells, and the file's name. write: a checkpoint of a converted model.
+    """
 
     options: type[Config]
     read: Callable[[Keys, Any, Any], Imported]
+    settings: tuple[str, Callable[[dict[str, Any]], dict[str, Any]]]
+    write: Callable[[Any], Exported] | None = None
 
 
+ADAPTER = ("adapter_config.json", adapter_settings)
 FORMATS = {
-    "lolcats": Format(lolcats.Options, lolcats.read),
-    "liger": Format(liger.Options, liger.read),
+    "lolcats": Format(lolcats.Options, lolcats.read, ADAPTER, lolcats.write),
+    "liger": Format(liger.Options, liger.read, ADAPTER),
+    "fla": Format(fla.Options, fla.read, ("config.json", fla.settings), fla.write),
 }
 
 
@@ -62,7 +74,8 @@ def import_checkpoint(
     tensors: dict[str, Tensor] = {}
     for source in sources:
         tensors |= Keys(read_tensors(source)).tensors
-        options = _adapter_options(source, chosen) | options
+        name, settings = chosen.settings
+        options = settings(read_config(source, name)) | options
     keys = Keys(tensors)
     found = chosen.read(keys, inner, validate(chosen.options, Document(options, f"options of {format}")))
     keys.finish(format)
@@ -80,22 +93,56 @@ def import_checkpoint(
     return model
 
 
+def export_checkpoint(model: nn.Module, folder: str | os.PathLike, format: str = "fla") -> dict[str, Any]:
+    """Write a converted model as a checkpoint that another project reads: model.safetensors, and config.json where the
+    format has one. Returns the options with which `import_checkpoint` reads it.
+
+    The folder appears only if a model that is made of it gives the same logits, up to rounding.
+
+    Raises:
+        SurgeryError: the format has no such model, or the logits differ.
+    """
+    inner = find_model(model)
+    write = _format(format).write
+    if write is None:
+        raise SurgeryError(
+            f"format {format} is read only: its checkpoints hold nothing beside the softmax model's weights"
+        )
+    if "surgery" not in inner.__dict__:
+        raise SurgeryError("the model is not converted, so there is nothing to export: call surgery.apply first")
+    if adapters.names(inner):
+        raise SurgeryError("the model has adapters, which are not exported: merge them into its weights first")
+    found = write(inner)
+    with hub.replace_folder(Path(folder)) as new:
+        save_file(
+            {name: x.contiguous() for name, x in found.tensors.items()}, new / "model.safetensors", {"format": "pt"}
+        )
+        if found.config:
+            (new / "config.json").write_text(json.dumps(found.config, indent=2) + "\n", encoding="utf-8")
+        drift = _drift(inner, new, format, found.options)
+        if not drift <= TOLERANCE.get(inner.dtype, COARSE):
+            raise SurgeryError(f"the exported model's logits differ by {drift:.1e} of the largest: nothing was written")
+    return found.options
+
+
+@torch.no_grad()
+def _drift(model: Any, folder: Path, format: str, options: dict[str, Any]) -> float:
+    """By how much logits of a model made of the folder differ, relative to the largest."""
+    twin = hub.softmax_twin(model)
+    import_checkpoint(twin, folder, format, **options)
+    sample = torch.arange(64, device=model.device).remainder(model.config.vocab_size).unsqueeze(0)
+    training = model.training
+    ours, theirs = (one.eval()(sample, use_cache=False).logits.float() for one in (model, twin))
+    model.train(training)
+    return float((ours - theirs).abs().max() / ours.abs().max())
+
+
 def _format(name: str) -> Format:
     if name not in FORMATS:
         guess = closest(name, FORMATS)
         hint = f"did you mean {guess!r}?" if guess else f"choose one of {', '.join(FORMATS)}"
         raise SurgeryError(f"no format named {name!r}; {hint}")
     return FORMATS[name]
-
-
-def _adapter_options(source: Source, format: Format) -> dict[str, Any]:
-    """What peft's adapter_config.json says of the adapter beside it."""
-    config = read_config(source, "adapter_config.json")
-    for name in ("use_dora", "use_rslora", "alpha_pattern", "rank_pattern"):
-        if config.get(name):
-            raise SurgeryError(f"the adapter has {name}, which is not imported: merge it into its weights with peft")
-    known = "lora_alpha" in config and "lora_alpha" in format.options.model_fields
-    return {"lora_alpha": config["lora_alpha"]} if known else {}
 
 
 @torch.no_grad()
@@ -105,4 +152,4 @@ def _fill(module: nn.Module, values: Mapping[str, Tensor]) -> None:
         state[name].copy_(value)
 
 
-__all__ = ["FORMATS", "Format", "Imported", "import_checkpoint"]
+__all__ = ["FORMATS", "Exported", "Format", "Imported", "export_checkpoint", "import_checkpoint"]

@@ -13,7 +13,7 @@ from ..errors import SurgeryError
 from ..mixers.base import Config
 from ..patchers.sites import find_sites
 from ..recipe import load_recipe
-from .imported import Imported
+from .contents import Imported
 from .tensors import Keys, take_base, take_lora
 
 

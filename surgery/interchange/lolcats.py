@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from ..errors import SurgeryError
 from ..mixers.base import Config
 from ..mixers.linear import LinearConfig, LinearMixer
+from ..operate import base_is_original
 from ..patchers.interface import converted_layers
 from ..patchers.sites import find_sites
 from ..recipe import load_recipe
-from .imported import Imported
+from .contents import Exported, Imported
 from .tensors import Keys, take_lora
 
 LAYER = re.compile(r"layers\.(\d+)\.self_attn\.(feature_map_[qk]\.mlp\.layer|window_factors)")
@@ -74,13 +75,18 @@ def read(keys: Keys, model: nn.Module, options: Options) -> Imported:
     return Imported(load_recipe(recipe), layers, mixers, lora=take_lora(keys, model, options.lora_alpha))
 
 
-def write(model: nn.Module) -> dict[str, Tensor]:
-    """The keys of a converted model's attention transfer, in fp32, as `read` takes them.
+def write(model: Any) -> Exported:
+    """The attention transfer of a converted model, in fp32, as `read` takes it; its base weights stay where they are.
 
     Raises:
-        SurgeryError: the recipe is not LoLCATs'.
+        SurgeryError: the recipe is not LoLCATs', or the base weights are no longer those of the softmax model.
     """
-    tensors = {}
+    if not base_is_original(model):
+        raise SurgeryError(
+            "a LoLCATs checkpoint holds no base weights, and those of this model changed since surgery.apply, by "
+            "training, or by merging or adding an adapter: export before that"
+        )
+    tensors: dict[str, Tensor] = {}
     for module in converted_layers(model).values():
         mixer: Any = module.mixer
         _check(mixer)
@@ -89,7 +95,11 @@ def write(model: nn.Module) -> dict[str, Tensor]:
             tensors[f"{prefix}.{name}.mlp.layer"] = _weight(getattr(mixer, name))
         if mixer.mix is not None:
             tensors[f"{prefix}.window_factors"] = mixer.mix.window_factor.detach().view(1, -1, 1, 1)
-    return tensors
+    config = model.surgery.recipe.mixer
+    options = {"feature_map": config.feature_map.kind, "layers": list(model.surgery.layers)}
+    if config.window is not None:
+        options |= {"window": config.window.size, "layout": config.window.layout}
+    return Exported(tensors, options=options)
 
 
 def _weight(feature_map: Any) -> Tensor:

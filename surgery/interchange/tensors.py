@@ -6,7 +6,7 @@ import json
 import os
 import pickle
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -164,19 +164,32 @@ def take_lora(keys: Keys, model: nn.Module, alpha: float) -> LoRA | None:
     return LoRA(found, ranks.pop(), alpha) if found else None
 
 
-def take_base(keys: Keys, model: nn.Module) -> dict[str, Tensor]:
-    """New values of all of the model's parameters, by their names in it; empty: `keys` has none.
+def take_base(keys: Keys, model: nn.Module, rename: Callable[[str], str] = str) -> dict[str, Tensor]:
+    """New values of all of the model's parameters, by their names in it; empty: `keys` has none. rename: from our bare
+    names to theirs.
 
     Raises:
         SurgeryError: `keys` has some but not all of them.
     """
     named = dict(model.named_parameters())
-    if not any(bare(name) in keys for name in named):
+    if not any(rename(bare(name)) in keys for name in named):
         return {}
-    found = {name: keys.take(bare(name), parameter.shape) for name, parameter in named.items()}
+    found = {name: keys.take(rename(bare(name)), parameter.shape) for name, parameter in named.items()}
     if "lm_head.weight" in keys.left and "lm_head.weight" not in named:
         embedding = next(name for name in named if name.endswith("embed_tokens.weight"))
         if torch.equal(keys.take("lm_head.weight", named[embedding].shape), found[embedding]):
             return found
         raise SurgeryError("lm_head.weight differs from the embedding in the checkpoint, and this model ties the two")
     return found
+
+
+def adapter_settings(config: dict[str, Any]) -> dict[str, Any]:
+    """The options that peft's adapter_config.json tells of the adapter beside it.
+
+    Raises:
+        SurgeryError: the adapter is more than LoRA of one rank.
+    """
+    for name in ("use_dora", "use_rslora", "alpha_pattern", "rank_pattern"):
+        if config.get(name):
+            raise SurgeryError(f"the adapter has {name}, which is not imported: merge it into its weights with peft")
+    return {"lora_alpha": config["lora_alpha"]} if "lora_alpha" in config else {}

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import surgery
+from surgery import adapters
 from surgery.interchange import lolcats
 from surgery.patchers.sites import find_sites
 
@@ -160,10 +161,12 @@ def test_adapter_config_beside_an_adapter(tmp_path):
 def test_round_trip_is_exact(tmp_path):
     model, ids = zoo.build("llama"), zoo.tokens(2, 30)
     surgery.import_checkpoint(model, transfer(), window=4)
-    tensors = lolcats.write(model)
+    tensors = lolcats.write(model).tensors
     assert tensors.keys() == transfer().keys()
     assert all(torch.equal(tensors[key], value) for key, value in transfer().items())
-    again = surgery.import_checkpoint(zoo.build("llama"), tensors, window=4)
+    options = surgery.export_checkpoint(model, tmp_path / "exported", "lolcats")
+    again = surgery.import_checkpoint(zoo.build("llama"), tmp_path / "exported", **options)
+    assert again.surgery.recipe == model.surgery.recipe
     with torch.no_grad():
         assert torch.equal(again(ids, use_cache=False).logits, model(ids, use_cache=False).logits)
     model.save_pretrained(tmp_path / "model")
@@ -264,7 +267,19 @@ def test_refused_files_and_models(tmp_path):
         ("llama/lolcats", {"mixer.rope": "raw"}, "no rope: raw"),
     ],
 )
-def test_other_recipes_are_not_exported(recipe, changes, message):
+def test_other_recipes_are_not_exported(recipe, changes, message, tmp_path):
     model = surgery.apply(zoo.build("llama"), surgery.load_recipe(recipe).override(changes))
     with pytest.raises(surgery.SurgeryError, match=message):
-        lolcats.write(model)
+        surgery.export_checkpoint(model, tmp_path / "out", "lolcats")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_cannot_be_exported_as_it_is(tmp_path):
+    with pytest.raises(surgery.SurgeryError, match="not converted"):
+        surgery.export_checkpoint(zoo.build("llama"), tmp_path / "out", "lolcats")
+    adapted = surgery.import_checkpoint(zoo.build("llama"), transfer() | lora())
+    with pytest.raises(surgery.SurgeryError, match="has adapters"):
+        surgery.export_checkpoint(adapted, tmp_path / "out", "lolcats")
+    adapters.merge(adapted)
+    with pytest.raises(surgery.SurgeryError, match="holds no base weights"):
+        surgery.export_checkpoint(adapted, tmp_path / "out", "lolcats")

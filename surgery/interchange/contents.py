@@ -1,8 +1,9 @@
-"""What the reader of a format makes of a checkpoint, before a model is touched."""
+"""What the reader of a format makes of a checkpoint, before a model is touched, and its writer of a model."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -19,3 +20,12 @@ class Imported:
     mixers: dict[int, dict[str, Tensor]] = field(default_factory=dict)
     base: dict[str, Tensor] = field(default_factory=dict)
     lora: LoRA | None = None
+
+
+@dataclass(frozen=True)
+class Exported:
+    """tensors: for model.safetensors. config: for config.json, if not empty. options: with which to import it."""
+
+    tensors: dict[str, Tensor]
+    config: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
