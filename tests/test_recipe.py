@@ -16,6 +16,7 @@ SHIPPED = [
     "control/window-lora",
     "llama/deltanet",
     "llama/gated-deltanet",
+    "llama/gla",
     "llama/hedgehog",
     "llama/kda",
     "llama/liger-gla",

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .. import adapters, hub
 from ..errors import SurgeryError
 from ..mixers.base import Config
-from ..operate import apply
+from ..operate import apply, inspect
 from ..patchers.interface import converted_layers
 from ..patchers.sites import find_model
 from ..validation import Document, closest, validate
@@ -79,6 +79,7 @@ def import_checkpoint(
     keys = Keys(tensors)
     found = chosen.read(keys, inner, validate(chosen.options, Document(options, f"options of {format}")))
     keys.finish(format)
+    inspect(inner, found.recipe, layers=found.layers)
     _fill(inner, found.base)
     apply(model, found.recipe, layers=found.layers)
     layers = converted_layers(inner)

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,6 +96,9 @@ class Keys:
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self.tensors = {bare(key): tensor for key, tensor in tensors.items()}
+        if len(self.tensors) < len(tensors):
+            twice = Counter(map(bare, tensors)).most_common(1)[0][0]
+            raise SurgeryError(f"the checkpoint has {twice} twice, under different prefixes: keep one")
         self.left = set(self.tensors)
 
     def __contains__(self, key: str) -> bool:

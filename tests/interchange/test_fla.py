@@ -120,6 +120,11 @@ def test_round_trips_are_exact(tmp_path):
     assert CONFIG.keys() - written.keys() == {"elementwise_affine", "clamp_min", "attn"}  # which are so by default
 
 
+def test_the_shipped_recipe_is_exported(tmp_path):
+    surgery.export_checkpoint(surgery.apply(base(), "llama/gla"), tmp_path / "out")
+    assert (tmp_path / "out" / "config.json").exists()
+
+
 @pytest.mark.parametrize(
     "changes",
     [

@@ -225,6 +225,7 @@ REFUSED = {
         {},
         r"ranks \[2, 3\]",
     ),
+    "a key twice": (transfer() | transfer("base_model.model.model."), {}, "has layers.0.* twice"),
     "an unknown option": (transfer(), {"windows": 3}, "windows"),
     "an unknown layout": (transfer(), {"layout": "tk"}, "layout"),
     "no tensors": ({"a": 1}, {}, "does not map names to tensors"),
