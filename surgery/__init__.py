@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 from .calibration import calibrate
 from .errors import RecipeError, SurgeryError, UnsupportedModelError
 from .hub import from_pretrained, register_configs
+from .interchange import export_checkpoint, import_checkpoint
 from .operate import apply, inspect, mode, revert
 from .recipe import Recipe, list_recipes, load_recipe
 from .sensitivity import choose_layers
@@ -24,7 +25,9 @@ __all__ = [
     "calibrate",
     "callbacks_for",
     "choose_layers",
+    "export_checkpoint",
     "from_pretrained",
+    "import_checkpoint",
     "inspect",
     "list_recipes",
     "load_recipe",

@@ -1,4 +1,4 @@
-"""The command line: surgery recipes | inspect | layers | plan | convert | evaluate | generate | doctor | demo.
+"""The command line of `surgery`: one function a command.
 
 Nothing heavy is imported before a command needs it, so that `surgery --help` answers at once.
 """
@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .errors import SurgeryError, loading
+from .exchange import export_model, import_model
 
 if TYPE_CHECKING:
     from .recipe import Recipe
@@ -62,14 +63,9 @@ def _show(table: Table) -> None:
 
 def _read_recipe(name: str, changes: list[str] | None) -> Recipe:
     from .recipe import load_recipe
-    from .validation import parse_yaml
+    from .validation import parse_changes
 
-    values = {}
-    for change in changes or []:
-        key, equals, text = change.partition("=")
-        if not equals:
-            raise SurgeryError(f"--set {change}: expected KEY=VALUE, as in --set mixer.window.size=32")
-        values[key.strip()] = parse_yaml(text, f"--set {key}").data
+    values = parse_changes(changes or [], "mixer.window.size=32")
     recipe = load_recipe(name)
     return recipe.override(values) if values else recipe
 
@@ -310,6 +306,10 @@ def generate(
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(network.device)
     network.generate(**inputs, **sampling, max_new_tokens=max_new_tokens, streamer=TextStreamer(tokenizer))
+
+
+app.command("import")(import_model)
+app.command("export")(export_model)
 
 
 @app.command()

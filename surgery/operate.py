@@ -197,6 +197,12 @@ def remember_base(model: PreTrainedModel) -> None:
     model.config.surgery["base"] = _digest(operation.fingerprints)
 
 
+def base_is_original(model: PreTrainedModel) -> bool:
+    """Whether the base weights are what they were when the model was converted, and nothing was added to them."""
+    added = adapters.names(model) - _operation(model).adapters
+    return not added and _digest(_fingerprints(model)) == model.config.surgery.get("base")
+
+
 def _check_base(model: PreTrainedModel, operation: Operation) -> None:
     now, before = _fingerprints(model), operation.fingerprints
     changed = [name for name, value in now.items() if before.get(name, value) != value]
@@ -359,4 +365,5 @@ def _digest(fingerprints: dict[str, tuple[int, int]]) -> str:
     return hashlib.sha256(repr(sorted(fingerprints.items())).encode()).hexdigest()
 
 
-__all__ = ["MODES", "Operation", "apply", "inspect", "install", "mode", "remember_base", "restored", "revert"]
+__all__ = ["MODES", "Operation", "apply", "base_is_original", "inspect", "install", "mode", "remember_base"]
+__all__ += ["restored", "revert"]

@@ -12,7 +12,7 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from .errors import RecipeError
+from .errors import RecipeError, SurgeryError
 
 Model = TypeVar("Model", bound=BaseModel)
 Path = tuple[str | int, ...]
@@ -111,6 +111,21 @@ def _note(document: Document, node: yaml.Node, path: Path, seen: set[int]) -> No
                 document.report(here, f"given twice, first on line {document.lines[here]}; keep one", line)
             document.lines[here] = line
             _note(document, value, here, seen)
+
+
+def parse_changes(changes: Iterable[str], example: str) -> dict[str, Any]:
+    """The values of KEY=VALUE texts, which are YAML.
+
+    Raises:
+        SurgeryError: a text has no key; the message shows the example.
+    """
+    values = {}
+    for change in changes:
+        key, equals, text = change.partition("=")
+        if not equals:
+            raise SurgeryError(f"--set {change}: expected KEY=VALUE, as in --set {example}")
+        values[key.strip()] = parse_yaml(text, f"--set {key}").data
+    return values
 
 
 def validate(model: type[Model], document: Document) -> Model:

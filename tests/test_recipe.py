@@ -17,6 +17,7 @@ SHIPPED = [
     "llama/calibrated",
     "llama/deltanet",
     "llama/gated-deltanet",
+    "llama/gla",
     "llama/hedgehog",
     "llama/kda",
     "llama/liger-gla",

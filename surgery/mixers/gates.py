@@ -23,7 +23,7 @@ class Gate(nn.Module):
     per_channel: whether it gives [B, T, H_kv, D], else [B, T, H_s] for the H_s heads of the state.
     """
 
-    source: ClassVar[str]
+    source: str
     per_channel: ClassVar[bool] = False
 
 
@@ -108,16 +108,18 @@ class ConstantGate(ChannelGate):
 
 
 class LowRankGate(ChannelGate):
-    """GLA's gate: log α = log σ(raw_k A B + b) / normalizer per channel, from all heads' keys (arXiv 2312.06635).
+    """GLA's gate: log α = log σ(x A B + b) / normalizer per channel (arXiv 2312.06635), x being all heads' keys before
+    norms and rotation, or the layer's input.
 
-    down: [H_kv·D, rank], up: [rank, H_kv·D], bias: [H_kv·D], fp32.
+    down: [H_kv·D or C, rank], up: [rank, H_kv·D], bias: [H_kv·D], fp32.
     """
 
-    def __init__(self, heads: int, head_dim: int, config: LowRankGateConfig, seed: int) -> None:
+    def __init__(self, shape: AttentionShape, config: LowRankGateConfig) -> None:
         super().__init__()
-        self.config, self.seed, self.head_dim = config, seed, head_dim
-        width = heads * head_dim
-        self.down = nn.Parameter(torch.empty(width, config.rank, dtype=torch.float32))
+        self.config, self.seed, self.head_dim = config, shape.layer, shape.head_dim
+        hidden, width = config.source == "hidden", shape.kv_heads * shape.head_dim
+        self.source = "hidden_states" if hidden else "raw_k"
+        self.down = nn.Parameter(torch.empty(shape.hidden_size if hidden else width, config.rank, dtype=torch.float32))
         self.up = nn.Parameter(torch.empty(config.rank, width, dtype=torch.float32))
         self.bias = nn.Parameter(torch.empty(width, dtype=torch.float32))
         self.reset_parameters()
@@ -141,12 +143,12 @@ class LowRankGate(ChannelGate):
         wanted = rate * factor.unsqueeze(1) * self.config.normalizer
         self.bias.copy_(logit_of(wanted).flatten())
 
-    def forward(self, raw_k: Tensor) -> Tensor:
-        """[B, T, H_kv, D] -> log-gates of the same shape, fp32."""
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, T, H_kv, D] or [B, T, C] -> log-gates [B, T, H_kv, D], fp32."""
         down, up, bias = precise(self.down), precise(self.up), precise(self.bias)
-        with torch.autocast(raw_k.device.type, enabled=False):
-            logits = precise(raw_k).flatten(2) @ down @ up + bias
-        return functional.logsigmoid(logits).view(raw_k.shape) / self.config.normalizer
+        with torch.autocast(x.device.type, enabled=False):
+            logits = precise(x).flatten(2) @ down @ up + bias
+        return functional.logsigmoid(logits).unflatten(-1, (-1, self.head_dim)) / self.config.normalizer
 
     def extra_repr(self) -> str:
         return f"rank={self.config.rank}, normalizer={self.config.normalizer:g}"
@@ -180,16 +182,17 @@ class ConstantGateConfig(GateBase):
 
 
 class LowRankGateConfig(GateBase):
-    """A gate learned from the keys before norms and rotation: see `LowRankGate`."""
+    """A gate learned from the keys before norms and rotation, or from the layer's input: see `LowRankGate`."""
 
     kind: Literal["low_rank"] = "low_rank"
+    source: Literal["key", "hidden"] = "key"
     rank: PositiveInt = 16
     normalizer: PositiveFloat = 16.0
     shortest: PositiveFloat = 32.0
     longest: PositiveFloat = 4096.0
 
     def build(self, shape: AttentionShape, heads: int) -> LowRankGate:
-        return LowRankGate(shape.kv_heads, shape.head_dim, self, shape.layer)
+        return LowRankGate(shape, self)
 
 
 GateConfig = Annotated[KeyGateConfig | ConstantGateConfig | LowRankGateConfig, Field(discriminator="kind")]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from pydantic import model_validator
+from pydantic import PositiveFloat, model_validator
 from torch import Tensor, nn
 
 from .. import kernels
@@ -25,12 +25,13 @@ class RecurrentConfig(AveragedConfig):
     """S = α S + φ(k)ᵀv, y = φ(q)S over the whole history, averaged with the softmax of a window.
 
     gate: where α comes from. state: as for `linear`.
-    normalize: none; z: by φ(q)·z, with z = α z + φ(k); rms: see `HeadNorm`.
+    normalize: none; z: by φ(q)·z, with z = α z + φ(k); rms: see `HeadNorm`, whose eps is `eps`.
     """
 
     feature_map: FeatureMapConfig = SoftmaxConfig()
     gate: GateBase
     normalize: Literal["none", "z", "rms"] = "none"
+    eps: PositiveFloat = 1e-5
     state: Literal["kv_head", "head"] = "kv_head"
 
     @model_validator(mode="after")
@@ -52,7 +53,7 @@ class HeadNorm(nn.Module):
     gain: [H] fp32.
     """
 
-    def __init__(self, heads: int, eps: float = 1e-5) -> None:
+    def __init__(self, heads: int, eps: float) -> None:
         super().__init__()
         self.eps = eps
         self.gain = nn.Parameter(torch.empty(heads, dtype=torch.float32))
@@ -94,7 +95,7 @@ class RecurrentMixer(AveragedMixer):
                 f"gate {config.gate.kind} decays the {shape.head_dim} channels of a head, but feature map "
                 f"{config.feature_map.kind} gives {self.feature_map_q.size}: use a map that keeps the width, as softmax"
             )
-        self.norm = HeadNorm(shape.heads) if config.normalize == "rms" else None
+        self.norm = HeadNorm(shape.heads, config.eps) if config.normalize == "rms" else None
 
     def branch(self, context: AttentionContext, run: Run) -> Tensor:
         log_gate = self.gate(getattr(context, self.gate.source))

@@ -55,6 +55,14 @@ CONFIGS: dict[str, dict] = {
         "window": WINDOW,
         "gate": {"kind": "low_rank", "rank": 3, "normalizer": 2, "shortest": 2, "longest": 64},
     },
+    "gla-hidden": {
+        "kind": "gla",
+        "window": None,
+        "mix": None,
+        "normalize": "rms",
+        "eps": 1e-3,
+        "gate": {"kind": "low_rank", "source": "hidden", "rank": 3, "normalizer": 2, "shortest": 2, "longest": 64},
+    },
     "gla-rotated": {
         "kind": "gla",
         "rope": "rotated",
