@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..errors import SurgeryError
-from ..patchers.interface import converted_layers
+from ..patchers.interface import Surgical, converted_layers
 from ..patchers.sites import find_model
 from ..sharding import units, unsharded
 from .schedules import Plateau, Schedule
@@ -156,7 +156,7 @@ def when_built(pl_module: LightningModule, then: Callable[[], None]) -> None:
     build: Any = pl_module.configure_model
     if hasattr(build, "surgery_then"):
         build.surgery_then.append(then)
-    elif any(isinstance(module, PreTrainedModel) for module in pl_module.modules()):
+    elif any(isinstance(module, (PreTrainedModel, Surgical)) for module in pl_module.modules()):
         then()
     else:
         waiting = [then]
