@@ -102,7 +102,7 @@ class Encoder(nn.Module):
     def forward(self, tokens: Tensor, padding: Tensor | None = None, mask: Any = "causal") -> Tensor:
         x = self.embed(tokens)
         if isinstance(mask, str):
-            mask = nn.Transformer.generate_square_subsequent_mask(tokens.shape[1])
+            mask = torch.ones(tokens.shape[1], tokens.shape[1], dtype=torch.bool).triu(1)
         x = x if self.batch_first else x.transpose(0, 1)
         x = self.layers(x, mask=mask, src_key_padding_mask=padding)
         return self.head(x if self.batch_first else x.transpose(0, 1))

@@ -17,7 +17,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader
 
 import surgery
-from surgery.callbacks import AttentionTransfer, LoRAUnfreezing
+from surgery.callbacks import AttentionTransfer, LogitDistillation, LoRAUnfreezing
 from surgery.patchers.interface import converted_layers
 
 surgery.patchers.register(CausalSelfAttention, heads="n_head", qkv="c_attn", o="c_proj")
@@ -232,6 +232,40 @@ def test_transfer_in_a_lightning_module(build):
     assert all(torch.equal(p, base[name]) for name, p in task.named_parameters() if ".mixer." not in name)
     surgery.revert(task)
     assert "surgery" not in task.__dict__ and "surgery" not in task.net.__dict__
+
+
+@pytest.mark.parametrize("callback", [LogitDistillation(), LoRAUnfreezing(merge=True)])
+def test_callbacks_that_need_logits_refuse(callback):
+    with pytest.raises(surgery.SurgeryError, match="needs the logits of a Hugging Face model, and GPT is plain"):
+        fit(Task(convert(GPT())), [callback], 1)
+
+
+def test_a_module_is_found_inside_of_wrappers():
+    task = Task(torch.compile(GPT(), backend="eager"))
+    convert(task)
+    original = task.net._orig_mod
+    assert task.surgery is original.surgery
+    with surgery.mode(nn.Sequential(task), "teacher") as switch:
+        assert switch is original.surgery.switch
+    two = nn.ModuleList([convert(GPT()), convert(GPT())])
+    with pytest.raises(surgery.SurgeryError, match="does not hold one whole converted model"):
+        surgery.revert(two)
+    assert "is already wrapped by DataParallel" in refusal(convert, nn.DataParallel(GPT()))
+
+
+def test_distributed_data_parallel(tmp_path):
+    model = convert(GPT(), "llama/logmass")
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        for name in ("student", "transfer"):
+            model.zero_grad()
+            with surgery.mode(wrapped, name) as switch:
+                output = wrapped(IDS)
+                (output.square().mean() if name == "student" else sum(switch.losses.values())).backward()
+        assert all(p.grad is not None for p_name, p in model.named_parameters() if ".mixer." in p_name)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_lora():
