@@ -58,8 +58,8 @@ class HealingCallback(Callback):
         """The model to act on.
 
         Raises:
-            SurgeryError: there is none, there are several and none was named, it is not converted, or it is plain PyTorch
-                where this needs a language model.
+            SurgeryError: there is none, there are several and none was named, it is not converted, or it is not of
+                transformers, where this needs its logits.
         """
         try:
             holder: Any = pl_module if self.model is None else pl_module.get_submodule(self.model)
@@ -74,7 +74,8 @@ class HealingCallback(Callback):
         if self.needs_language_model and not isinstance(found, PreTrainedModel):
             raise SurgeryError(
                 f"{type(self).__name__} as it is set needs the logits of a Hugging Face model, and "
-                f"{type(found).__name__} is plain PyTorch: add what it does to your own step, with surgery.mode(model, 'teacher')"
+                f"{type(found).__name__} is plain PyTorch: add what it does to your own step, with surgery.mode(model, "
+                "'teacher')"
             )
         return found
 

@@ -168,7 +168,7 @@ def read_documents(position_ids: Tensor | None, cu_seqlens: Tensor | None, batch
     return _documents_once(position_ids, batch)
 
 
-def read_causal(mask: Tensor, batch: int, name: str) -> tuple[Tensor | None, Tensor | None]:
+def read_causal(mask: Tensor | None, batch: int, name: str) -> tuple[Tensor | None, Tensor | None]:
     """Which tokens are real, [B, T] bool, and their documents, [B, T] int64; None: all are, and there is one a row.
 
     mask: of `scaled_dot_product_attention`, [..., T, T], True or 0 where attention goes. name: of the module it is for.
@@ -176,6 +176,8 @@ def read_causal(mask: Tensor, batch: int, name: str) -> tuple[Tensor | None, Ten
     Raises:
         SurgeryError: it is not causal over real tokens, differs by head, or adds a bias to scores.
     """
+    if mask is None:
+        return None, None
     real, documents, problem = _read_causal_once(mask)
     if problem:
         raise SurgeryError(f"{name} {problem}")

@@ -39,6 +39,9 @@ class Redirect(TorchFunctionMode):
 class Plain(Surgical):
     """Mixin put before a registered class; see `Surgical`."""
 
+    surgery_repeats = False
+    """Whether keys were seen to be repeated for the queries that share them: looking waits for the device."""
+
     @property
     def layer_idx(self) -> int:
         return self.surgery_shape.layer
@@ -53,7 +56,7 @@ class Plain(Surgical):
         if self.surgery_switch.mode == "teacher":
             return original(*args, **kwargs)
         self._surgery_hook()
-        hidden = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
+        hidden: Any = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
         call = Call(cache=None, hidden_states=hidden, position_ids=None, cu_seqlens=None)
         with Redirect(self, call):
             output = original(*args, **kwargs)
@@ -79,9 +82,7 @@ class Plain(Surgical):
         """In place of `scaled_dot_product_attention`: q [B, H, T, D] and k, v [B, H_kv, T, D] to [B, H, T, D]."""
         self._surgery_check(call, query, key, dropout_p, is_causal or attn_mask is not None)
         call.used = True
-        real, segments = (
-            (None, None) if attn_mask is None else read_causal(attn_mask, query.shape[0], self.surgery_name)
-        )
+        real, segments = read_causal(attn_mask, query.shape[0], self.surgery_name)
         given = query, key, value
         if torch.is_autocast_enabled(query.device.type):
             # as autocast does for the function this stands for
@@ -136,11 +137,14 @@ class Plain(Surgical):
         if x.shape[1] == self.surgery_shape.kv_heads:
             return x
         shared = x[:, ::groups]
-        if not torch.compiler.is_compiling() and not torch.equal(shared, x[:, groups - 1 :: groups]):
+        if self.surgery_repeats or torch.compiler.is_compiling():
+            return shared
+        if not torch.equal(shared, x[:, groups - 1 :: groups]):
             raise SurgeryError(
                 f"{self.surgery_name} was registered with {shared.shape[1]} key/value heads, but attends to "
                 f"{x.shape[1]} that differ: register kv_heads={x.shape[1]}"
             )
+        self.surgery_repeats = True
         return shared
 
 

@@ -132,13 +132,15 @@ def check_needs(site: Site, mixer: Mixer) -> None:
 def how_to_register(model: nn.Module) -> str | None:
     """One sentence with the lines to write for the first module that looks like attention; None: none does."""
 
-    def looks(module: nn.Module) -> bool:
+    def calls(module: nn.Module) -> bool:
         code = getattr(type(module).forward, "__code__", None)
-        return "scaled_dot_product_attention" in getattr(code, "co_names", ()) or (
-            "attention" in type(module).__name__.lower()
-        )
+        return "scaled_dot_product_attention" in getattr(code, "co_names", ())
 
-    path, module = next(((path, each) for path, each in model.named_modules() if looks(each)), (None, None))
+    def named(module: nn.Module) -> bool:
+        return "attention" in type(module).__name__.lower()
+
+    modules = [(path, each) for looks in (calls, named) for path, each in model.named_modules() if looks(each)]
+    path, module = next(iter(modules), (None, None))
     if module is None:
         return None
     names = ("n_head", "num_heads", "n_heads", "num_attention_heads", "heads")
