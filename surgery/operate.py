@@ -26,6 +26,7 @@ from .patchers.interface import (
     unswap,
     use_implementation,
 )
+from .patchers.registry import check_needs
 from .patchers.sites import find_model, find_sites, has_softmax
 from .recipe import AutoLayers, Recipe, load_recipe
 from .report import LayerReport, Report
@@ -54,7 +55,7 @@ class Operation:
 
 @dataclass(frozen=True)
 class _Plan:
-    model: PreTrainedModel
+    model: nn.Module
     recipe: Recipe
     sites: list[Site]
     chosen: tuple[int, ...]
@@ -63,7 +64,8 @@ class _Plan:
 def apply(model: Model, recipe: Recipe | str | dict | Any, *, layers: Layers = None) -> Model:
     """Swap the attention of `model` for the recipe's mixer, in place, and return `model`.
 
-    model: a Hugging Face model, alone or inside a PeftModel, a compiled module or a LightningModule.
+    model: a Hugging Face model, alone or inside a PeftModel, a compiled module or a LightningModule; or any module
+        whose attention is torch.nn.MultiheadAttention or of a class given to `surgery.patchers.register`.
     recipe: a shipped name ("llama/lolcats"), a path to a YAML file, a dict or a `Recipe`.
     layers: indices of the layers to convert, negative ones from the end, or what `choose_layers` returned; None: the
         recipe's choice, by default all.
@@ -104,17 +106,17 @@ def revert(model: Model) -> Model:
     inner = find_model(model)
     operation = _operation(inner)
     _check_base(inner, operation)
-    config = mask_config(inner)
     added = sorted(set(adapters.names(inner)) - operation.adapters)
     if added:
         raise SurgeryError(
             f"cannot revert: adapters were added since surgery.apply ({', '.join(added)}): remove them first, with "
             "peft_model.unload() or model.delete_adapter(name)"
         )
+    if isinstance(inner, PreTrainedModel):
+        mask_config(inner)._attn_implementation_internal = operation.switch.implementation
+        hub.restore_classes(inner)
     for module in converted_layers(inner).values():
         unswap(module)
-    config._attn_implementation_internal = operation.switch.implementation
-    hub.restore_classes(inner)
     for holder in {id(model): model, id(inner): inner}.values():
         holder.__dict__.pop("surgery", None)
     return model
@@ -189,12 +191,13 @@ def restored(model: nn.Module, layers: Iterable[int]) -> Iterator[None]:
         inner.config._attn_implementation_internal = before
 
 
-def remember_base(model: PreTrainedModel) -> None:
+def remember_base(model: nn.Module) -> None:
     """Note what the base weights are now, in memory parameter by parameter and in the config as one digest."""
     operation = _operation(model)
     operation.fingerprints = _fingerprints(model)
     operation.adapters = frozenset(adapters.names(model))
-    model.config.surgery["base"] = _digest(operation.fingerprints)
+    if isinstance(model, PreTrainedModel):
+        model.config.surgery["base"] = _digest(operation.fingerprints)
 
 
 def base_is_original(model: PreTrainedModel) -> bool:
@@ -203,10 +206,11 @@ def base_is_original(model: PreTrainedModel) -> bool:
     return not added and _digest(_fingerprints(model)) == model.config.surgery.get("base")
 
 
-def _check_base(model: PreTrainedModel, operation: Operation) -> None:
+def _check_base(model: nn.Module, operation: Operation) -> None:
     now, before = _fingerprints(model), operation.fingerprints
     changed = [name for name, value in now.items() if before.get(name, value) != value]
-    if changed or _digest(now) != model.config.surgery.get("base"):
+    reloaded = isinstance(model, PreTrainedModel) and _digest(now) != model.config.surgery.get("base")
+    if changed or reloaded:
         which = f"{len(changed)} base weights (e.g. {changed[0]})" if changed else "base weights"
         raise SurgeryError(
             f"cannot revert: {which} changed since surgery.apply, by training, by merging an adapter or by loading in "
@@ -214,7 +218,7 @@ def _check_base(model: PreTrainedModel, operation: Operation) -> None:
         )
 
 
-def _operation(model: PreTrainedModel) -> Operation:
+def _operation(model: nn.Module) -> Operation:
     operation = model.__dict__.get("surgery")
     if operation is None:
         raise SurgeryError(f"this {type(model).__name__} is not converted: call surgery.apply(model, recipe) first")
@@ -222,7 +226,7 @@ def _operation(model: PreTrainedModel) -> Operation:
 
 
 def _enter(
-    model: PreTrainedModel,
+    model: nn.Module,
     name: str,
     loss: TransferLoss | None = None,
     cross_entropy: float = 0.0,
@@ -233,18 +237,19 @@ def _enter(
     switch.cross_entropy, switch.projected_l2 = cross_entropy, projected_l2
     for module in converted_layers(model).values():
         use_implementation(module, None if name == "teacher" else IMPLEMENTATION)
-    # with no softmax layer left nothing needs a [T, T] mask; otherwise all layers share the model's own
-    own = name != "student" or has_softmax(model)
-    mask_config(model)._attn_implementation_internal = switch.implementation if own else IMPLEMENTATION
+    if isinstance(model, PreTrainedModel):
+        # with no softmax layer left nothing needs a [T, T] mask; otherwise all layers share the model's own
+        own = name != "student" or has_softmax(model)
+        mask_config(model)._attn_implementation_internal = switch.implementation if own else IMPLEMENTATION
 
 
 @contextmanager
-def _kept_activations(model: PreTrainedModel) -> Iterator[None]:
+def _kept_activations(model: nn.Module) -> Iterator[None]:
     """No gradient checkpointing: losses recorded on the way would be recomputed in whatever mode the model is by then.
 
     Little is kept for it, as no gradient flows from layer to layer in transfer mode.
     """
-    checkpointed = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+    checkpointed: list[Any] = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
     for module in checkpointed:
         module.gradient_checkpointing = False
     try:
@@ -266,7 +271,7 @@ def _plan(model: nn.Module, recipe: Any, layers: Layers) -> _Plan:
         )
     chosen = _choose(wanted, len(sites))
     for index in chosen:
-        _meta_mixer(sites[index], resolved)
+        check_needs(sites[index], _meta_mixer(sites[index], resolved))
     return _Plan(inner, resolved, sites, chosen)
 
 
@@ -298,17 +303,20 @@ def _device(module: nn.Module) -> torch.device | str:
     device = getattr(hook, "execution_device", None)
     if device is not None:
         return torch.device(device) if not isinstance(device, int) else torch.device("cuda", device)
-    return next(module.parameters()).device
+    parameter = next(module.parameters(), None)
+    return "cpu" if parameter is None else parameter.device
 
 
 def _install(plan: _Plan, mixers: dict[int, Mixer]) -> Operation:
-    model = plan.model
-    config: Any = plan.sites[0].module.config
-    switch = Switch(implementation=config._attn_implementation)
+    model: Any = plan.model
+    hosted = isinstance(model, PreTrainedModel)
+    config: Any = plan.sites[0].module.config if hosted else None
+    switch = Switch(implementation=config._attn_implementation) if hosted else Switch()
     operation = Operation(_report(plan, mixers), plan.recipe, plan.chosen, switch)
     for index, mixer in mixers.items():
         swap(plan.sites[index], mixer, switch)
-    hub.convert_classes(model, plan.recipe, plan.chosen)
+    if hosted:
+        hub.convert_classes(model, plan.recipe, plan.chosen)
     model.surgery = operation
     _enter(model, "student")
     return operation
@@ -321,7 +329,8 @@ def install(model: PreTrainedModel, recipe: Recipe, layers: tuple[int, ...]) -> 
 
 
 def _report(plan: _Plan, mixers: dict[int, Mixer]) -> Report:
-    dtype = plan.model.dtype
+    floating = (p.dtype for p in plan.model.parameters() if p.is_floating_point())
+    dtype = plan.model.dtype if isinstance(plan.model, PreTrainedModel) else next(floating, torch.get_default_dtype())
     rows = []
     for index, site in enumerate(plan.sites):
         mixer, shape = mixers.get(index), site.shape

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..errors import SurgeryError
-from ..patchers.interface import converted_layers
+from ..patchers.interface import Surgical, converted_layers
 from ..patchers.sites import find_model
 from ..sharding import units, unsharded
 from .schedules import Plateau, Schedule
@@ -33,6 +33,7 @@ class HealingCallback(Callback):
     """
 
     needs_conversion = True
+    needs_language_model = False
 
     def __init__(self, start: int = 0, stop: int | None = None, model: str | None = None) -> None:
         if start < 0 or (stop is not None and stop <= start):
@@ -57,7 +58,8 @@ class HealingCallback(Callback):
         """The model to act on.
 
         Raises:
-            SurgeryError: there is none, there are several and none was named, or it is not converted.
+            SurgeryError: there is none, there are several and none was named, it is not converted, or it is not of
+                transformers, where this needs its logits.
         """
         try:
             holder: Any = pl_module if self.model is None else pl_module.get_submodule(self.model)
@@ -68,6 +70,12 @@ class HealingCallback(Callback):
             raise SurgeryError(
                 f"{type(self).__name__} found {type(found).__name__} unconverted: call surgery.apply(model, recipe) in "
                 "your module's __init__ or configure_model"
+            )
+        if self.needs_language_model and not isinstance(found, PreTrainedModel):
+            raise SurgeryError(
+                f"{type(self).__name__} as it is set needs the logits of a Hugging Face model, and "
+                f"{type(found).__name__} is plain PyTorch: add what it does to your own step, with surgery.mode(model, "
+                "'teacher')"
             )
         return found
 
@@ -156,7 +164,7 @@ def when_built(pl_module: LightningModule, then: Callable[[], None]) -> None:
     build: Any = pl_module.configure_model
     if hasattr(build, "surgery_then"):
         build.surgery_then.append(then)
-    elif any(isinstance(module, PreTrainedModel) for module in pl_module.modules()):
+    elif any(isinstance(module, (PreTrainedModel, Surgical)) for module in pl_module.modules()):
         then()
     else:
         waiting = [then]

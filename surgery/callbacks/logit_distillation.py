@@ -27,6 +27,7 @@ class LogitDistillation(LossCallback):
     """
 
     name = "distillation_loss"
+    needs_language_model = True
 
     def __init__(
         self,

@@ -71,6 +71,7 @@ class LoRAUnfreezing(HealingCallback):
             raise SurgeryError(
                 "LoRAUnfreezing merges the adapters it made itself, not yours: call merge_and_unload() afterwards"
             )
+        self.needs_language_model = merge  # which is checked on logits
         self.then, self.order, self.adapter, self.merge = tuple(then), order, adapter, merge
         self.rank, self.alpha, self.dropout = rank, alpha, dropout
         self.targets, self.trains = None if targets is None else tuple(targets), tuple(trains)

@@ -49,15 +49,23 @@ class Switch:
     losses: dict[int, Tensor] = field(default_factory=dict)
     shards: dict[int, Shards] = field(default_factory=dict)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # losses hold graphs, which cannot be copied, and belong to the model that ran
+        return {**vars(self), "losses": {}, "shards": {}}
+
 
 @dataclass(frozen=True)
 class Site:
-    """One attention module that can be converted, with everything architecture-specific that a conversion needs."""
+    """One attention module that can be converted, with everything architecture-specific that a conversion needs.
+
+    mixin: what steers it, a subclass of `Surgical`; None: `Surgical` itself.
+    """
 
     path: str
     module: nn.Module
     family: Family
     shape: AttentionShape
+    mixin: type | None = None
 
 
 @dataclass
@@ -163,23 +171,23 @@ class Surgical:
 
     def __reduce_ex__(self, protocol: int) -> tuple:
         _, _, *rest = super().__reduce_ex__(protocol)
-        return _rebuild, (original_class(type(self)),), *rest
+        return _rebuild, (original_class(type(self)), type(self).__mro__[1]), *rest
 
 
-def _rebuild(cls: type) -> nn.Module:
-    generated = surgical_class(cls)
+def _rebuild(cls: type, mixin: type = Surgical) -> nn.Module:
+    generated = surgical_class(cls, mixin)
     return generated.__new__(generated)
 
 
 @functools.cache
-def surgical_class(cls: type) -> type:
-    """The subclass of an attention class that `Surgical` steers; one per class."""
-    return type(f"Surgical{cls.__name__}", (Surgical, cls), {"__module__": __name__, "__doc__": cls.__doc__})
+def surgical_class(cls: type, mixin: type = Surgical) -> type:
+    """The subclass of an attention class that `Surgical`, or a subclass of it, steers; one per class."""
+    return type(f"Surgical{cls.__name__}", (mixin, cls), {"__module__": __name__, "__doc__": cls.__doc__})
 
 
 def original_class(cls: type) -> type:
     """What `surgical_class` was given."""
-    return cls.__mro__[2]
+    return cls.__mro__[cls.__mro__.index(Surgical) + 1]
 
 
 def raw_projections(family: Family, needs: frozenset[str]) -> list[str]:
@@ -263,6 +271,13 @@ def _transfer(module: nn.Module, inputs: tuple, scaling: float, kwargs: dict, ch
         key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
     with torch.no_grad():
         teacher = attention(module, query, key, value, mask, scaling=scaling, **kwargs)[0].detach()
+    record_transfer(module, teacher, chunk)
+    return teacher, None
+
+
+def record_transfer(module: nn.Module, teacher: Tensor, chunk: Chunk) -> None:
+    """Note how far the mixer is from its teacher's output [B, T, H, D], as the switch of `module` says."""
+    switch: Switch = module.surgery_switch
     chunk = Chunk(chunk.mixer, chunk.context.map(lambda tensor: tensor.detach()), chunk.real)
     student = chunk.run(None, return_state=False)[0][..., : teacher.shape[-1]]
     loss = switch.transfer_loss(*_select(student, teacher, chunk.real))
@@ -273,7 +288,6 @@ def _transfer(module: nn.Module, inputs: tuple, scaling: float, kwargs: dict, ch
     if switch.shards:
         loss = differentiated(loss, module.mixer, switch.shards[module.layer_idx])
     switch.losses[module.layer_idx] = loss
-    return teacher, None
 
 
 def _projected_l2(module: nn.Module, student: Tensor, teacher: Tensor, real: Tensor | None) -> Tensor:
@@ -301,16 +315,20 @@ def swap(site: Site, mixer: Mixer, switch: Switch) -> None:
     """Convert one attention in place. Nothing can fail in here that was not checked before."""
     module = site.module
     state = {
+        "surgery_path": site.path,
         "surgery_family": site.family,
         "surgery_shape": site.shape,
         "surgery_switch": switch,
         "surgery_raw": {},
         "surgery_hooks": {},
-        "surgery_config": module.config,
     }
+    if site.mixin is None:
+        state["surgery_config"] = module.config
     module.__dict__.update(state)
-    module.__class__ = surgical_class(type(module))
+    module.__class__ = surgical_class(type(module), site.mixin or Surgical)
     module.mixer = mixer
+    if site.mixin is not None:
+        module._surgery_hook()  # before anything is compiled, which cannot add hooks
     _rebind_forward(module)
     use_implementation(module, IMPLEMENTATION)
 
@@ -319,7 +337,7 @@ def unswap(module: nn.Module) -> None:
     """Undo `swap`."""
     for _, handle in module.surgery_hooks.values():
         handle.remove()
-    module.config = module.surgery_config
+    use_implementation(module, None)
     for name in [name for name in module.__dict__ if name.startswith("surgery_")]:
         del module.__dict__[name]
     del module.mixer
@@ -328,7 +346,9 @@ def unswap(module: nn.Module) -> None:
 
 
 def use_implementation(module: nn.Module, implementation: str | None) -> None:
-    """Choose this layer's attention function; None: the model's own."""
+    """Choose this layer's attention function; None: the model's own. Layers outside of transformers have no choice."""
+    if "surgery_config" not in module.__dict__:
+        return
     module.config = module.surgery_config
     if implementation is not None:
         module.config = copy.copy(module.surgery_config)

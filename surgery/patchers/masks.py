@@ -95,15 +95,18 @@ def _real_tokens(mask: Tensor, length: int, seen: int, window: int | None) -> Te
     return real
 
 
-def _check_causal(keep: Tensor, real: Tensor, window: int | None) -> None:
+def _is_causal(keep: Tensor, real: Tensor, document: Tensor, window: int | None) -> bool:
     length = keep.shape[-1]
     row = torch.arange(length, device=keep.device)
     causal = row[:, None] >= row
     if window is not None:
         causal &= row[:, None] - row < window
-    expected = causal & real[:, None, :]
-    block = _document_blocks(keep, real)
-    if not bool((keep == (expected & block))[real].all()):
+    block = document[:, :, None] == document[:, None, :]
+    return bool((keep == (causal & real[:, None, :] & block))[real].all())
+
+
+def _check_causal(keep: Tensor, real: Tensor, window: int | None) -> None:
+    if not _is_causal(keep, real, _document_index(keep, real), window):
         raise SurgeryError(
             "a converted attention was given a 4-dimensional mask that is not causal over real tokens, which a "
             "recurrence cannot follow: pass the usual [batch, tokens] attention_mask, with position_ids for packed "
@@ -111,11 +114,11 @@ def _check_causal(keep: Tensor, real: Tensor, window: int | None) -> None:
         )
 
 
-def _document_blocks(keep: Tensor, real: Tensor) -> Tensor:
+def _document_index(keep: Tensor, real: Tensor) -> Tensor:
+    """[B, T] int64, a new document wherever a real token does not see the real one before it."""
     joined = keep.diagonal(offset=-1, dim1=-2, dim2=-1)
     starts = torch.nn.functional.pad(~joined & real[:, 1:] & real[:, :-1], (1, 0))
-    document = starts.cumsum(-1)
-    return document[:, :, None] == document[:, None, :]
+    return starts.cumsum(-1)
 
 
 def _documents(position_ids: Tensor, batch: int) -> Tensor | None:
@@ -163,6 +166,46 @@ def read_documents(position_ids: Tensor | None, cu_seqlens: Tensor | None, batch
     if position_ids is None or position_ids.dim() != 2 or position_ids.shape[1] != length:
         return None
     return _documents_once(position_ids, batch)
+
+
+def read_causal(mask: Tensor | None, batch: int, name: str) -> tuple[Tensor | None, Tensor | None]:
+    """Which tokens are real, [B, T] bool, and their documents, [B, T] int64; None: all are, and there is one a row.
+
+    mask: of `scaled_dot_product_attention`, [..., T, T], True or 0 where attention goes. name: of the module it is for.
+
+    Raises:
+        SurgeryError: it is not causal over real tokens, differs by head, or adds a bias to scores.
+    """
+    if mask is None:
+        return None, None
+    real, documents, problem = _read_causal_once(mask)
+    if problem:
+        raise SurgeryError(f"{name} {problem}")
+    return None if real is None else real.expand(batch, -1), None if documents is None else documents.expand(batch, -1)
+
+
+@torch.compiler.disable
+def _read_causal(mask: Tensor) -> tuple[Tensor | None, Tensor | None, str]:
+    if mask.dtype != torch.bool:
+        # half of the smallest number is still none that a bias would have
+        if not bool(((mask == 0) | (mask <= torch.finfo(mask.dtype).min / 2)).all()):
+            return None, None, "adds a bias to its scores by a mask, which mixers do not have"
+        mask = mask == 0
+    heads = mask.reshape(-1, *mask.shape[-3:]) if mask.dim() > 2 else mask[None, None]
+    keep = heads[:, 0]
+    real = keep.diagonal(dim1=-2, dim2=-1)
+    square = keep.shape[-1] == keep.shape[-2]
+    documents = _document_index(keep, real) if square else real
+    if not square or not bool((heads == heads[:, :1]).all()) or not _is_causal(keep, real, documents, None):
+        problem = (
+            "was given a mask that is not causal over real tokens in all heads, which a recurrence cannot follow: pass "
+            "a causal one, with whole columns blocked for padding, or leave this layer out (layers=...)"
+        )
+        return None, None, problem
+    return None if bool(real.all()) else real, documents if bool(documents.any()) else None, ""
+
+
+_read_causal_once = _OncePerForward(_read_causal)
 
 
 def compact(context: AttentionContext, real: Tensor | None) -> tuple[AttentionContext, Callable[[Tensor], Tensor]]:

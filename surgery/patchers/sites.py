@@ -11,8 +11,10 @@ from transformers import PreTrainedModel
 
 from ..errors import UnsupportedModelError
 from ..mixers.base import AttentionShape
+from . import plain
 from .families import ALIBI, FAMILIES, REFUSED, WRAPPERS, Family, size
 from .interface import IMPLEMENTATION, Site, Surgical, converted_layers, original_class
+from .registry import how_to_register
 
 MODEL_TYPE_PREFIX = "surgery_"
 SEE = "docs/models.md lists the models that are supported"
@@ -36,8 +38,9 @@ def text_model_type(config: Any) -> str:
     return base_model_type(config.get_text_config(decoder=True))
 
 
-def find_model(model: nn.Module) -> PreTrainedModel:
-    """The one Hugging Face model in `model`: itself, or inside a PeftModel, a compiled module, a LightningModule.
+def find_model(model: nn.Module) -> Any:
+    """The one Hugging Face model in `model`: itself, or inside a PeftModel, a compiled module, a LightningModule; where
+    there is none, the module that holds registered attention.
 
     Raises:
         UnsupportedModelError: there is none, there are several, or `model` was wrapped for distribution unconverted.
@@ -59,6 +62,10 @@ def find_model(model: nn.Module) -> PreTrainedModel:
         nested = any(path.startswith(f"{outer}." if outer else "") for outer in found)
         if isinstance(module, PreTrainedModel) and not nested:
             found[path] = module
+    if not found and (holder := plain.find_model(model)) is not None:
+        return holder
+    if not found and (advice := how_to_register(model)) is not None:
+        raise UnsupportedModelError(advice)
     if not found:
         raise UnsupportedModelError(
             f"no Hugging Face model found in {type(model).__name__}: surgery converts PreTrainedModel instances, alone "
@@ -73,7 +80,7 @@ def find_model(model: nn.Module) -> PreTrainedModel:
     return next(iter(found.values()))
 
 
-def find_sites(model: PreTrainedModel) -> list[Site]:
+def find_sites(model: nn.Module) -> list[Site]:
     """Every attention module of `model` that can be converted, in layer order. Touches nothing.
 
     Raises:
@@ -87,6 +94,8 @@ def find_sites(model: PreTrainedModel) -> list[Site]:
             f"this {name} is already converted (to {converted.mixer.describe()}): call surgery.revert(model) first, or "
             "load the original again"
         )
+    if not isinstance(model, PreTrainedModel):
+        return plain.find_sites(model)
     family = _family(model)
     config = model.config.get_text_config(decoder=True)
     modules = [(path, module) for path, module in model.named_modules() if type(module).__name__ == family.attention]
@@ -107,11 +116,13 @@ def has_softmax(model: PreTrainedModel) -> bool:
     return any(type(module).__name__ == attention for module in model.modules())
 
 
-def projections(model: PreTrainedModel, roles: Iterable[str]) -> list[str]:
+def projections(model: nn.Module, roles: Iterable[str]) -> list[str]:
     """Paths of the attention projections that play `roles` (q, k, v, o), of converted and softmax layers alike.
 
     A fused projection plays several roles and is listed once.
     """
+    if not isinstance(model, PreTrainedModel):
+        return plain.projections(model, roles)
     family = _family(model)
     found = []
     for path, module in model.named_modules():
