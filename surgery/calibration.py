@@ -15,7 +15,7 @@ from .patchers.interface import converted_layers
 
 def norms(model: nn.Module) -> dict[int, HeadNorm]:
     """The output norms of a converted model, by the index of their layer."""
-    mixers = {module.layer_idx: module.mixer for module in converted_layers(model).values()}
+    mixers = {module.surgery_shape.layer: module.mixer for module in converted_layers(model).values()}
     found = {index: getattr(mixer, "norm", None) for index, mixer in mixers.items()}
     return {index: norm for index, norm in found.items() if isinstance(norm, HeadNorm)}
 

@@ -21,7 +21,7 @@ from transformers.models.auto import configuration_auto, modeling_auto
 from .cache import recurrent_layer
 from .errors import SurgeryError
 from .patchers.families import FAMILIES, WRAPPERS
-from .patchers.interface import IMPLEMENTATION, converted_layers
+from .patchers.interface import BIDIRECTIONAL, IMPLEMENTATION, converted_layers
 from .patchers.sites import MODEL_TYPE_PREFIX, SEE, find_family
 from .recipe import Recipe, load_recipe
 
@@ -50,7 +50,7 @@ class SurgicalModel:
         from .operate import install
 
         settings = read_settings(config)
-        if config._attn_implementation == IMPLEMENTATION:
+        if config._attn_implementation in (IMPLEMENTATION, BIDIRECTIONAL):
             # a live model's config: the softmax layers' own choice is asked
             config = copy.copy(config)
             config._attn_implementation_internal = None
@@ -95,7 +95,8 @@ class SurgicalModel:
         # transformers renamed the argument in 5.24
         cache = model_kwargs.get("cache", model_kwargs.get("past_key_values"))
         if cache is not None and self.surgery.switch.mode == "student":
-            for module in converted_layers(self).values():
+            decoders = [module for module in converted_layers(self).values() if module.surgery_shape.causal]
+            for module in decoders:
                 layer = recurrent_layer(cache, module.layer_idx)
                 if getattr(generation_config, "is_assistant", False):
                     layer.activate_past_recording()

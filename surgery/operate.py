@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -21,10 +21,10 @@ from .patchers.interface import (
     Switch,
     TransferLoss,
     converted_layers,
-    mask_config,
     swap,
     unswap,
     use_implementation,
+    use_masks,
 )
 from .patchers.sites import find_model, find_sites, has_softmax
 from .recipe import Recipe, load_recipe
@@ -103,16 +103,15 @@ def revert(model: Model) -> Model:
     inner = find_model(model)
     operation = _operation(inner)
     _check_base(inner, operation)
-    config = mask_config(inner)
     added = sorted(set(adapters.names(inner)) - operation.adapters)
     if added:
         raise SurgeryError(
             f"cannot revert: adapters were added since surgery.apply ({', '.join(added)}): remove them first, with "
             "peft_model.unload() or model.delete_adapter(name)"
         )
+    use_masks(inner, operation.switch.implementation)
     for module in converted_layers(inner).values():
         unswap(module)
-    config._attn_implementation_internal = operation.switch.implementation
     hub.restore_classes(inner)
     for holder in {id(model): model, id(inner): inner}.values():
         holder.__dict__.pop("surgery", None)
@@ -155,7 +154,7 @@ def mode(
         try:
             switch.losses.clear()
             if name == "transfer":
-                mixers = {module.layer_idx: module.mixer for module in converted_layers(inner).values()}
+                mixers = {module.surgery_shape.layer: module.mixer for module in converted_layers(inner).values()}
                 switch.shards = sharding.shards(inner, mixers)
             _enter(inner, name, loss or nn.functional.mse_loss, cross_entropy, projected_l2)
             yield switch
@@ -204,7 +203,7 @@ def _enter(
         use_implementation(module, None if name == "teacher" else IMPLEMENTATION)
     # with no softmax layer left nothing needs a [T, T] mask; otherwise all layers share the model's own
     own = name != "student" or has_softmax(model)
-    mask_config(model)._attn_implementation_internal = switch.implementation if own else IMPLEMENTATION
+    use_masks(model, switch.implementation if own else None)
 
 
 @contextmanager
@@ -226,23 +225,29 @@ def _kept_activations(model: PreTrainedModel) -> Iterator[None]:
 def _plan(model: nn.Module, recipe: Any, layers: Layers) -> _Plan:
     resolved = load_recipe(recipe)
     inner = find_model(model)
-    sites = find_sites(inner)
+    sites = find_sites(inner, causal=resolved.mixer is None or resolved.mixer.causal)
     wanted = layers if layers is not None else resolved.layers
-    chosen = _choose(wanted, len(sites))
+    # windows on both sides are linear as they are, and no mixer has them
+    local = {index for index, site in enumerate(sites) if not site.shape.causal and site.shape.sliding_window}
+    chosen = _choose(wanted, len(sites), local)
     for index in chosen:
         _meta_mixer(sites[index], resolved)
     return _Plan(inner, resolved, sites, chosen)
 
 
-def _choose(wanted: Layers, count: int) -> tuple[int, ...]:
-    if wanted is None:
-        return tuple(range(count))
-    wanted = list(wanted)
+def _choose(wanted: Layers, count: int, local: Set[int] = frozenset()) -> tuple[int, ...]:
+    """local: layers that cannot be converted, which are left out unless they are asked for."""
+    wanted = sorted(set(range(count)) - local) if wanted is None else list(wanted)
     wrong = [index for index in wanted if not -count <= index < count]
     if wrong or not wanted:
         what = f"layers {wrong} do not exist" if wrong else "no layer was chosen"
         raise SurgeryError(f"{what}: the model has layers 0 to {count - 1} (negative indices count from the end)")
-    return tuple(sorted({index % count for index in wanted}))
+    chosen = {index % count for index in wanted}
+    if chosen & local:
+        raise SurgeryError(
+            f"layers {sorted(chosen & local)} see a window on both sides, which mixers do not have: leave them out"
+        )
+    return tuple(sorted(chosen))
 
 
 def _meta_mixer(site: Site, recipe: Recipe) -> Mixer:
@@ -289,7 +294,7 @@ def _report(plan: _Plan, mixers: dict[int, Mixer]) -> Report:
     rows = []
     for index, site in enumerate(plan.sites):
         mixer, shape = mixers.get(index), site.shape
-        per_token = 2 * shape.kv_heads * shape.head_dim * dtype.itemsize
+        per_token = 2 * shape.kv_heads * shape.head_dim * dtype.itemsize if shape.causal else 0
         state = 0 if mixer is None else mixer.state_bytes(dtype)
         names = () if mixer is None else tuple(f"{site.path}.mixer.{name}" for name, _ in mixer.named_parameters())
         rows.append(
@@ -302,7 +307,7 @@ def _report(plan: _Plan, mixers: dict[int, Mixer]) -> Report:
                 trainable=names,
                 state_bytes=state,
                 cache_bytes_per_token=per_token,
-                break_even=None if mixer is None else -(-state // per_token),
+                break_even=None if mixer is None or not per_token else -(-state // per_token),
             )
         )
     family = plan.sites[0].family
