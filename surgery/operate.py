@@ -225,7 +225,7 @@ def _kept_activations(model: PreTrainedModel) -> Iterator[None]:
 def _plan(model: nn.Module, recipe: Any, layers: Layers) -> _Plan:
     resolved = load_recipe(recipe)
     inner = find_model(model)
-    sites = find_sites(inner, causal=resolved.mixer is None or resolved.mixer.causal)
+    sites = find_sites(inner, resolved.causal)
     wanted = layers if layers is not None else resolved.layers
     # windows on both sides are linear as they are, and no mixer has them
     local = {index for index, site in enumerate(sites) if not site.shape.causal and site.shape.sliding_window}

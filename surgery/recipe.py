@@ -54,6 +54,11 @@ class Recipe(Config):
                 )
         return self
 
+    @property
+    def causal(self) -> bool:
+        """Whether it is for decoders; else for encoders."""
+        return self.mixer is None or self.mixer.causal
+
     def build(self, shape: AttentionShape) -> Mixer:
         """The mixer of one layer.
 

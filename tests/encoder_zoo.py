@@ -52,10 +52,11 @@ PADDED = ("bert", "roberta", "electra", "distilbert", "modernbert", "bart")
 """Encoders of text, with padding."""
 
 
-def build(name: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    torch.manual_seed(seed)
-    cls, config = MODELS[name]
-    return cls(type(config)(**config.to_dict())).eval().to(dtype)
+def build(name: str, cls: type | None = None, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A fresh model, of another class of the same config if asked for."""
+    torch.manual_seed(0)
+    usual, config = MODELS[name]
+    return (cls or usual)(type(config)(**config.to_dict())).eval().to(dtype)
 
 
 def tokens(batch: int, length: int, seed: int = 0) -> Tensor:

@@ -48,6 +48,18 @@ def test_modes_saving_and_the_way_back(name, tmp_path):
     assert type(model) is zoo.MODELS[name][0] and zoo.equal(zoo.outputs(model, given), before)
 
 
+@pytest.mark.parametrize("cls", [tf.BertForMaskedLM, tf.BertForSequenceClassification, tf.BertModel])
+def test_checkpoints_keep_their_heads(cls, tmp_path):
+    softmax, given = zoo.build("bert", cls), zoo.inputs("bert")
+    softmax.save_pretrained(tmp_path / "softmax")
+    expected = zoo.outputs(surgery.apply(softmax, RECIPE), given)
+    model = surgery.from_pretrained(tmp_path / "softmax", RECIPE).eval()
+    assert zoo.equal(zoo.outputs(model, given), expected)
+    model.save_pretrained(tmp_path / "linear")
+    again = surgery.from_pretrained(tmp_path / "linear").eval()
+    assert isinstance(again, cls) and zoo.equal(zoo.outputs(again, given), expected)
+
+
 @every_text_model
 @pytest.mark.parametrize(
     ("implementation", "dtype", "tolerance"), [("sdpa", torch.float64, 1e-9), ("eager", torch.float32, 1e-4)]
@@ -155,3 +167,50 @@ def test_refusals():
         surgery.load_recipe({"mixer": {"kind": "by_depth", "mixers": kinds}})
     with pytest.raises(surgery.RecipeError, match="can be negative"):
         surgery.load_recipe({"mixer": {"kind": "bidirectional", "feature_map": {"kind": "silu"}}})
+
+
+def test_the_recipe_heals_in_a_trainer(tmp_path):
+    """Transfer nears the softmax while the network rests; then adapters and features learn a task."""
+    L = pytest.importorskip("lightning.pytorch")
+    from surgery.callbacks import StageRunner
+
+    class Task(L.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = surgery.apply(zoo.build("bert", tf.BertForSequenceClassification), RECIPE)
+
+        def training_step(self, batch, index):
+            ids = batch[0]
+            return self.net(ids, labels=(ids[:, 0] > 50).long()).loss
+
+        def configure_optimizers(self):
+            return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-2)
+
+    def distance(net) -> float:
+        with (
+            torch.no_grad(),
+            surgery.mode(net.eval(), "transfer", loss=lambda s, t: 0 * s.sum(), cross_entropy=1) as way,
+        ):
+            net(ids[:8])
+            return float(torch.stack(list(way.losses.values())).mean())
+
+    ids = zoo.tokens(96, 16)
+    changes = {f"stages.{i}.tokens": 8 * 16 * 12 for i in range(2)} | {"stages.0.schedule": {"kind": "constant"}}
+    recipe = surgery.load_recipe(RECIPE).override(changes)
+    task, runner = Task(), StageRunner(recipe, tokens_per_step=8 * 16)
+    before = distance(task.net)
+    trainer = L.Trainer(
+        max_steps=runner.steps, callbacks=[runner], accelerator="cpu", logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
+    )  # fmt: skip
+    trainer.fit(task, torch.utils.data.DataLoader(torch.utils.data.TensorDataset(ids), batch_size=8))
+    assert distance(task.net) < before
+    adapters = {name: p for name, p in task.named_parameters() if "lora_B" in name}
+    assert len(adapters) == 9 and all(p.abs().sum() > 0 for p in adapters.values())
+
+
+def test_convert_is_for_decoders(tmp_path):
+    from surgery.training.convert import convert
+
+    with pytest.raises(surgery.SurgeryError, match="trains on the next token"):
+        convert("any", surgery.load_recipe(RECIPE), [], tmp_path / "out")
