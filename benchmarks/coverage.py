@@ -175,6 +175,27 @@ whose layers share keys and values.
 {classes} classes ({types} model types) are parity-true.
 """
 
+ENCODERS = """## Encoders
+
+The mixer `bidirectional` (`bert/hedgehog`) converts attention that sees both sides. tests/test_encoders.py builds these
+tiny and checks: padding changes nothing, before text too where positions can be given; teacher mode and `revert` give
+the softmax model back, bit for bit; saving and loading changes nothing. Decoders, and attention from them to encoders,
+stay as they are.
+
+| encoder | attention converted | notes |
+|---|---|---|
+| BERT, RoBERTa, ELECTRA | `BertSelfAttention`, `RobertaSelfAttention`, `ElectraSelfAttention` | unless `is_decoder` |
+| DistilBERT | `DistilBertSelfAttention` | |
+| ModernBERT | `ModernBertAttention` | global layers; those with a window, linear as they are, stay softmax |
+| ViT, DINOv2 | `ViTAttention`, `Dinov2Attention` | |
+| SigLIP | `SiglipAttention` | both towers |
+| CLIP | `CLIPAttention` | the tower for images; that for text is causal and takes causal mixers |
+| Whisper, BART | `WhisperAttention`, `BartAttention` | self-attention of the encoder |
+| T5 and its kin, DeBERTa | | refused: scores have a learned term for the distance of query and key |
+
+## Causal language models
+"""
+
 
 def markdown(findings: list[Finding]) -> str:
     """docs/models.md."""
@@ -182,6 +203,7 @@ def markdown(findings: list[Finding]) -> str:
     classes = {finding.name for finding in findings if finding.status == "true"}
     lines = [
         INTRO.format(version=transformers.__version__, classes=len(classes), types=counts["true"]),
+        ENCODERS,
         "| status | model types | meaning |",
         "|---|---|---|",
         *(f"| {status} | {counts[status]} | {text} |" for status, text in STATUSES.items() if counts[status]),

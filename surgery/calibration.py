@@ -95,7 +95,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, tokens: int = TOKENS)
             module.mixer.calibrate(sample)
             rows.append(
                 LayerCalibration(
-                    layer=module.layer_idx,
+                    layer=module.surgery_shape.layer,
                     path=path,
                     mixer=module.mixer.describe(),
                     parts=tuple(name for name, part in module.mixer.named_children() if isinstance(part, Calibrated)),

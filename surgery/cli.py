@@ -147,7 +147,7 @@ def _inspect(name: str, recipe: Recipe, layers: list[int] | None) -> Any:
     with loading("model", name):
         config = AutoConfig.from_pretrained(name)
     with torch.device("meta"):
-        return surgery.inspect(auto_class(config).from_config(config), recipe, layers=layers)
+        return surgery.inspect(auto_class(config, recipe.causal).from_config(config), recipe, layers=layers)
 
 
 @app.command()

@@ -11,6 +11,7 @@ import functools
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from transformers.models.auto import configuration_auto, modeling_auto
 from .cache import recurrent_layer
 from .errors import SurgeryError
 from .patchers.families import FAMILIES, WRAPPERS
-from .patchers.interface import IMPLEMENTATION, converted_layers
+from .patchers.interface import BIDIRECTIONAL, IMPLEMENTATION, converted_layers
 from .patchers.sites import MODEL_TYPE_PREFIX, SEE, find_family
 from .recipe import Recipe, load_recipe
 
@@ -50,7 +51,7 @@ class SurgicalModel:
         from .operate import install
 
         settings = read_settings(config)
-        if config._attn_implementation == IMPLEMENTATION:
+        if config._attn_implementation in (IMPLEMENTATION, BIDIRECTIONAL):
             # a live model's config: the softmax layers' own choice is asked
             config = copy.copy(config)
             config._attn_implementation_internal = None
@@ -95,7 +96,8 @@ class SurgicalModel:
         # transformers renamed the argument in 5.24
         cache = model_kwargs.get("cache", model_kwargs.get("past_key_values"))
         if cache is not None and self.surgery.switch.mode == "student":
-            for module in converted_layers(self).values():
+            decoders = [module for module in converted_layers(self).values() if module.surgery_shape.causal]
+            for module in decoders:
                 layer = recurrent_layer(cache, module.layer_idx)
                 if getattr(generation_config, "is_assistant", False):
                     layer.activate_past_recording()
@@ -157,12 +159,8 @@ def register_models(config_cls: type[PreTrainedConfig]) -> None:
     )
 
     original = _original(config_cls)
-    for auto in vars(modeling_auto).values():
-        mapping = getattr(auto, "_model_mapping", None) if isinstance(auto, type) else None
-        if mapping is None or original not in mapping:
-            continue
-        models = mapping[original]
-        for cls in models if isinstance(models, (list, tuple)) else [models]:
+    for auto, models in _auto_classes(original):
+        for cls in models:
             if cls.config_class is original:
                 auto.register(config_cls, model_class(cls), exist_ok=True)
     conversion = get_checkpoint_conversion_mapping(original.model_type)
@@ -171,6 +169,15 @@ def register_models(config_cls: type[PreTrainedConfig]) -> None:
     for name, targets in vars(constants).items():
         if name.startswith("TRANSFORMERS_MODELS_TO") and isinstance(targets, dict) and original.model_type in targets:
             targets.setdefault(config_cls.model_type, targets[original.model_type])
+
+
+def _auto_classes(config_cls: type[PreTrainedConfig]) -> Iterator[tuple[Any, list[Any]]]:
+    """The Auto classes that know a config, each with the models that it makes of it."""
+    for auto in vars(modeling_auto).values():
+        mapping = getattr(auto, "_model_mapping", None) if isinstance(auto, type) else None
+        if mapping is not None and config_cls in mapping:
+            models = mapping[config_cls]
+            yield auto, list(models) if isinstance(models, (list, tuple)) else [models]
 
 
 def original_name(model: PreTrainedModel) -> str:
@@ -242,7 +249,7 @@ def read_settings(config: Any) -> dict[str, Any]:
 def from_pretrained(
     name: str | os.PathLike, recipe: Any = None, *, layers: Any = None, **kwargs: Any
 ) -> PreTrainedModel:
-    """Load a checkpoint as a converted language model, multimodal ones included.
+    """Load a checkpoint as a converted language model, multimodal ones included, or as a converted encoder.
 
     With `recipe`, a softmax checkpoint is converted while it is read: the model is built with its mixers from the start
     and filled from the file, so no second copy of the weights exists. Without, `name` must be a converted checkpoint.
@@ -257,13 +264,15 @@ def from_pretrained(
     if recipe is None:
         if not isinstance(config, SurgicalConfig):
             raise SurgeryError(f"{name} is not a converted checkpoint: say which recipe to convert it with")
-        return auto_class(config).from_pretrained(name, config=config, **kwargs)
+        causal = load_recipe(read_settings(config)["recipe"]).causal
+        return auto_class(config, causal).from_pretrained(name, config=config, **kwargs)
     if isinstance(config, SurgicalConfig):
         raise SurgeryError(f"{name} is already converted: load it without a recipe, or convert the original checkpoint")
     if find_family(config) is None:
         raise SurgeryError(f"{name} ({config.model_type}) is not supported; {SEE}")
+    recipe = load_recipe(recipe)
     with torch.device("meta"):
-        plan = _plan(auto_class(config).from_config(config), recipe, layers)
+        plan = _plan(auto_class(config, recipe.causal).from_config(config), recipe, layers)
     config.__class__ = config_class(type(config))
     config.surgery = {"format": FORMAT, "recipe": plan.recipe.to_dict(), "layers": list(plan.chosen)}
     cls = model_class(type(plan.model))
@@ -277,8 +286,15 @@ def from_pretrained(
     return model
 
 
-def auto_class(config: PreTrainedConfig) -> Any:
-    """The Auto class that makes language models of this config: of text alone where there is one, or multimodal."""
+def auto_class(config: PreTrainedConfig, causal: bool = True) -> Any:
+    """The Auto class that makes language models of this config: of text alone where there is one, or multimodal.
+
+    Not causal: that of the encoder, with whatever head the checkpoint has.
+    """
+    if not causal:
+        saved = (config.architectures or [""])[0]
+        found = (auto for auto, models in _auto_classes(type(config)) if saved in [cls.__name__ for cls in models])
+        return next(found, modeling_auto.AutoModel)
     text = type(config) in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING
     return modeling_auto.AutoModelForCausalLM if text else modeling_auto.AutoModelForImageTextToText
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -21,10 +21,10 @@ from .patchers.interface import (
     Switch,
     TransferLoss,
     converted_layers,
-    mask_config,
     swap,
     unswap,
     use_implementation,
+    use_masks,
 )
 from .patchers.registry import check_needs
 from .patchers.sites import find_model, find_sites, has_softmax
@@ -113,7 +113,7 @@ def revert(model: Model) -> Model:
             "peft_model.unload() or model.delete_adapter(name)"
         )
     if isinstance(inner, PreTrainedModel):
-        mask_config(inner)._attn_implementation_internal = operation.switch.implementation
+        use_masks(inner, operation.switch.implementation)
         hub.restore_classes(inner)
     for module in converted_layers(inner).values():
         unswap(module)
@@ -158,7 +158,7 @@ def mode(
         try:
             switch.losses.clear()
             if name == "transfer":
-                mixers = {module.layer_idx: module.mixer for module in converted_layers(inner).values()}
+                mixers = {module.surgery_shape.layer: module.mixer for module in converted_layers(inner).values()}
                 switch.shards = sharding.shards(inner, mixers)
             _enter(inner, name, loss or nn.functional.mse_loss, cross_entropy, projected_l2)
             yield switch
@@ -176,7 +176,7 @@ def restored(model: nn.Module, layers: Iterable[int]) -> Iterator[None]:
     """
     inner = find_model(model)
     switch, wanted = _operation(inner).switch, set(layers)
-    modules = [module for module in converted_layers(inner).values() if module.layer_idx in wanted]
+    modules = [module for module in converted_layers(inner).values() if module.surgery_shape.layer in wanted]
     before = inner.config._attn_implementation_internal
     try:
         for module in modules:
@@ -240,7 +240,7 @@ def _enter(
     if isinstance(model, PreTrainedModel):
         # with no softmax layer left nothing needs a [T, T] mask; otherwise all layers share the model's own
         own = name != "student" or has_softmax(model)
-        mask_config(model)._attn_implementation_internal = switch.implementation if own else IMPLEMENTATION
+        use_masks(model, switch.implementation if own else None)
 
 
 @contextmanager
@@ -262,28 +262,34 @@ def _kept_activations(model: nn.Module) -> Iterator[None]:
 def _plan(model: nn.Module, recipe: Any, layers: Layers) -> _Plan:
     resolved = load_recipe(recipe)
     inner = find_model(model)
-    sites = find_sites(inner)
+    sites = find_sites(inner, resolved.causal)
     wanted = layers if layers is not None else resolved.layers
     if isinstance(wanted, AutoLayers):
         raise SurgeryError(
             f"the recipe leaves it to data which {wanted.auto} layers keep their softmax: give "
             "surgery.choose_layers(model, recipe, batches) as layers, or those that `surgery layers` names"
         )
-    chosen = _choose(wanted, len(sites))
+    # windows on both sides are linear as they are, and no mixer has them
+    local = {index for index, site in enumerate(sites) if not site.shape.causal and site.shape.sliding_window}
+    chosen = _choose(wanted, len(sites), local)
     for index in chosen:
         check_needs(sites[index], _meta_mixer(sites[index], resolved))
     return _Plan(inner, resolved, sites, chosen)
 
 
-def _choose(wanted: Layers, count: int) -> tuple[int, ...]:
-    if wanted is None:
-        return tuple(range(count))
-    wanted = list(wanted)
+def _choose(wanted: Layers, count: int, local: Set[int] = frozenset()) -> tuple[int, ...]:
+    """local: layers that cannot be converted, which are left out unless they are asked for."""
+    wanted = sorted(set(range(count)) - local) if wanted is None else list(wanted)
     wrong = [index for index in wanted if not -count <= index < count]
     if wrong or not wanted:
         what = f"layers {wrong} do not exist" if wrong else "no layer was chosen"
         raise SurgeryError(f"{what}: the model has layers 0 to {count - 1} (negative indices count from the end)")
-    return tuple(sorted({index % count for index in wanted}))
+    chosen = {index % count for index in wanted}
+    if chosen & local:
+        raise SurgeryError(
+            f"layers {sorted(chosen & local)} see a window on both sides, which mixers do not have: leave them out"
+        )
+    return tuple(sorted(chosen))
 
 
 def _meta_mixer(site: Site, recipe: Recipe) -> Mixer:
@@ -334,7 +340,7 @@ def _report(plan: _Plan, mixers: dict[int, Mixer]) -> Report:
     rows = []
     for index, site in enumerate(plan.sites):
         mixer, shape = mixers.get(index), site.shape
-        per_token = 2 * shape.kv_heads * shape.head_dim * dtype.itemsize
+        per_token = 2 * shape.kv_heads * shape.head_dim * dtype.itemsize if shape.causal else 0
         state = 0 if mixer is None else mixer.state_bytes(dtype)
         names = () if mixer is None else tuple(f"{site.path}.mixer.{name}" for name, _ in mixer.named_parameters())
         rows.append(
@@ -347,7 +353,7 @@ def _report(plan: _Plan, mixers: dict[int, Mixer]) -> Report:
                 trainable=names,
                 state_bytes=state,
                 cache_bytes_per_token=per_token,
-                break_even=None if mixer is None else -(-state // per_token),
+                break_even=None if mixer is None or not per_token else -(-state // per_token),
             )
         )
     family = plan.sites[0].family

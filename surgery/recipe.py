@@ -89,6 +89,11 @@ class Recipe(Config):
         """The stages that train, without a calibration."""
         return [stage for stage in self.stages if not isinstance(stage, Calibrate)]
 
+    @property
+    def causal(self) -> bool:
+        """Whether it is for decoders; else for encoders."""
+        return self.mixer is None or self.mixer.causal
+
     def build(self, shape: AttentionShape) -> Mixer:
         """The mixer of one layer.
 

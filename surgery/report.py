@@ -15,7 +15,8 @@ class LayerReport:
 
     new_parameters: number of parameters added. state_bytes: what one sequence holds while decoding, at any context; for
     a layer left alone, 0. cache_bytes_per_token: what its keys and values take for every token without conversion.
-    break_even: tokens from which on the state is smaller than keys and values (None: not converted).
+    break_even: tokens from which on the state is smaller than keys and values (None: not converted, or an encoder,
+    which keeps neither).
     """
 
     path: str

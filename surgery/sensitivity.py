@@ -138,7 +138,7 @@ def _choice(rows: list[LayerSensitivity], keep: int, by: str, inputs: list[Input
 def _measured(model: PreTrainedModel, batches: list[Inputs], by: By) -> list[LayerSensitivity]:
     with measuring(model):
         local = [_locality(module.mixer, sample) for _, module, sample in samples(model, batches)]
-        layers = {module.layer_idx: path for path, module in converted_layers(model).items()}
+        layers = {module.surgery_shape.layer: path for path, module in converted_layers(model).items()}
         # what each layer alone is converted or restored in, and what that is to be compared with
         variants = [[i for i in layers if (i != layer) == (by == "convert")] for layer in layers]
         whole = list(layers) if by == "convert" else []

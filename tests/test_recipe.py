@@ -12,6 +12,7 @@ from surgery.errors import RecipeError, SurgeryError
 from surgery.recipe import Recipe, list_recipes, load_recipe, recipe_path
 
 SHIPPED = [
+    "bert/hedgehog",
     "control/softmax-lora",
     "control/window-lora",
     "llama/calibrated",

@@ -67,7 +67,7 @@ class AttentionTransfer(LossCallback):
 
     def prepare(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().prepare(trainer, pl_module)
-        layers = {module.layer_idx for module in converted_layers(self.find(pl_module)).values()}
+        layers = {module.surgery_shape.layer for module in converted_layers(self.find(pl_module)).values()}
         if not self.layer_weights.keys() <= layers:
             raise SurgeryError(
                 f"layer_weights names layers {sorted(self.layer_weights.keys() - layers)}, but those converted are "

@@ -41,7 +41,7 @@ def ablated_nll(model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
     half = ids.shape[1] // 2
     cache = new_cache(model)
     token_nll(model, ids[:, :half], cache)
-    mixers = {module.layer_idx: module.mixer for module in converted_layers(model).values()}
+    mixers = {module.surgery_shape.layer: module.mixer for module in converted_layers(model).values()}
 
     def empty(index: int, state: State) -> State:
         like = next(iter(state.values()))

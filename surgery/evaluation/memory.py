@@ -16,7 +16,7 @@ def measure_memory(model: nn.Module, ids: Tensor) -> Memory:
     """Run ids [1, T] and count what the cache then holds, and what keys and values of softmax attention would take."""
     cache, length = new_cache(model), ids.shape[1]
     token_nll(model, ids, cache)
-    converted = {module.layer_idx: module.surgery_shape for module in converted_layers(model).values()}
+    converted = {module.surgery_shape.layer: module.surgery_shape for module in converted_layers(model).values()}
     itemsize = next(model.parameters()).element_size()
     held = growth = softmax = softmax_growth = 0
     for index, layer in enumerate(cache.layers):

@@ -84,7 +84,7 @@ def import_checkpoint(
     apply(model, found.recipe, layers=found.layers)
     layers = converted_layers(inner)
     for module in layers.values():
-        _fill(module.mixer, found.mixers.get(module.layer_idx, {}))
+        _fill(module.mixer, found.mixers.get(module.surgery_shape.layer, {}))
     if found.lora is not None:
         lora = found.lora
         adapters.inject(inner, format, lora.halves, rank=lora.rank, alpha=lora.alpha)

@@ -134,7 +134,7 @@ def write(model: Any) -> Exported:
     _check_recipe(model, len(layers))
     values = {bare(name): value for name, value in model.state_dict().items() if ".mixer." not in name}
     for module in layers.values():
-        mixer, prefix = module.mixer, f"layers.{module.layer_idx}.self_attn"
+        mixer, prefix = module.mixer, f"layers.{module.surgery_shape.layer}.self_attn"
         gate, shape = mixer.gate, mixer.shape
         down, pad = gate.down.float(), RANK - gate.down.shape[1]
         if gate.config.source == "key":

@@ -90,7 +90,7 @@ def write(model: Any) -> Exported:
     for module in converted_layers(model).values():
         mixer: Any = module.mixer
         _check(mixer)
-        prefix = f"model.layers.{module.layer_idx}.self_attn"
+        prefix = f"model.layers.{module.surgery_shape.layer}.self_attn"
         for name in ("feature_map_q", "feature_map_k"):
             tensors[f"{prefix}.{name}.mlp.layer"] = _weight(getattr(mixer, name))
         if mixer.mix is not None:

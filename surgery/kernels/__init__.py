@@ -42,6 +42,10 @@ hybrid_attention = Op(
     in_triton("hybrid_attention"),
     in_triton("hybrid_attention_step"),
 )
+bidirectional_attention = Op(reference.bidirectional_attention, chunked.bidirectional_attention, examples.bidirectional)
+bidirectional_cross_entropy = Op(
+    reference.bidirectional_cross_entropy, chunked.bidirectional_cross_entropy, examples.bidirectional_transfer
+)
 attention_cross_entropy = Op(
     reference.attention_cross_entropy,
     chunked.attention_cross_entropy,
@@ -60,6 +64,8 @@ OPS = {
         mesa_attention,
         window_attention,
         hybrid_attention,
+        bidirectional_attention,
+        bidirectional_cross_entropy,
         attention_cross_entropy,
         output_error,
     )
@@ -76,6 +82,8 @@ __all__ = [
     "Window",
     "attention_cross_entropy",
     "backend",
+    "bidirectional_attention",
+    "bidirectional_cross_entropy",
     "delta_attention",
     "features",
     "gated_linear_attention",

@@ -65,6 +65,14 @@ def hybrid(device: torch.device | str, dtype: torch.dtype) -> Arguments:
     return linear(device, dtype) | mix | {"scaling": DIM**-0.5}
 
 
+def bidirectional(device: torch.device | str, dtype: torch.dtype) -> Arguments:
+    return {name: x for name, x in linear(device, dtype).items() if name != "return_state"}
+
+
+def bidirectional_transfer(device: torch.device | str, dtype: torch.dtype) -> Arguments:
+    return {name: x for name, x in bidirectional(device, dtype).items() if name != "v"} | {"scaling": DIM**-0.5}
+
+
 def transfer(device: torch.device | str, dtype: torch.dtype) -> Arguments:
     return {name: x for name, x in hybrid(device, dtype).items() if name not in ("v", "return_state")}
 

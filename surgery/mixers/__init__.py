@@ -5,6 +5,7 @@ from typing import Annotated
 from pydantic import Field
 
 from .base import AttentionContext, AttentionShape, Config, Mixer, State
+from .bidirectional import BidirectionalConfig
 from .by_depth import ByDepthConfig
 from .delta import DeltaConfig, GatedDeltaConfig, KDAConfig
 from .diag import DiagConfig
@@ -32,6 +33,7 @@ MixerConfig = Annotated[
     | KDAConfig
     | DiagConfig
     | WindowOnlyConfig
+    | BidirectionalConfig
     | ByDepthConfig,
     Field(discriminator="kind"),
 ]
@@ -40,6 +42,7 @@ ByDepthConfig.model_rebuild(_types_namespace={"MixerConfig": MixerConfig})
 __all__ = [
     "AttentionContext",
     "AttentionShape",
+    "BidirectionalConfig",
     "ByDepthConfig",
     "Config",
     "DeltaConfig",

@@ -41,6 +41,11 @@ class MixerBase(Config):
         return False
 
     @property
+    def causal(self) -> bool:
+        """Whether its tokens see those before alone, as in decoders; encoders' see each other on both sides."""
+        return True
+
+    @property
     def kinds(self) -> int:
         """How many different mixers it builds for the layers of a model."""
         return 1
@@ -54,6 +59,7 @@ class AttentionShape:
     """The layer a mixer is built for.
 
     `sliding_window` and `softcap` are the layer's own (None: it has none); `layer` of `layers` places it in the stack.
+    `causal`: see `MixerBase.causal`.
     """
 
     heads: int
@@ -64,6 +70,7 @@ class AttentionShape:
     layers: int
     sliding_window: int | None = None
     softcap: float | None = None
+    causal: bool = True
 
     @property
     def groups(self) -> int:

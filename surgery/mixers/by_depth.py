@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from .base import AttentionShape, Mixer, MixerBase
 
@@ -18,6 +18,16 @@ class ByDepthConfig(MixerBase):
 
     kind: Literal["by_depth"] = "by_depth"
     mixers: Annotated[list[MixerConfig], Field(min_length=2)]
+
+    @model_validator(mode="after")
+    def _one_direction(self) -> ByDepthConfig:
+        if len({mixer.causal for mixer in self.mixers}) > 1:
+            raise ValueError("mixers of one stack are all causal or all bidirectional: take the odd ones out")
+        return self
+
+    @property
+    def causal(self) -> bool:
+        return self.mixers[0].causal
 
     @property
     def has_weights(self) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from . import falcon
+from . import falcon, siglip
 
 Read = Callable[[Tensor, Any], Tensor]
 """Takes the output [B, T, C] of a projection, and the attention module, to the flat raw queries or keys in it."""
@@ -26,6 +26,7 @@ class Family:
     where it lies outside of the attention module. raw_q, raw_k: take queries and keys out of what q and k put out; by
     default they put out nothing else. lacks: what its softmax layers have and a conversion leaves out.
     forward: (module, attend, *args, **kwargs), in place of one that does not go through the interface.
+    causal: whether a module is, in families whose modules do not say so themselves; these have no cache.
     """
 
     attention: str
@@ -37,6 +38,7 @@ class Family:
     raw_k: Read | None = None
     lacks: str = ""
     forward: Callable | None = None
+    causal: Callable[[Any], bool] | None = None
 
     @classmethod
     def fused(cls, attention: str, qkv: str, raw_q: Read, raw_k: Read, o: str = "o_proj", lacks: str = "") -> Family:
@@ -129,6 +131,9 @@ def _bart(attention: str) -> Family:
     return Family(attention, o="out_proj")
 
 
+# one class for both towers, of which the one for text is causal
+_CLIP = Family("CLIPAttention", o="out_proj", causal=lambda module: "Text" in type(module.config).__name__)
+_SIGLIP = Family("SiglipAttention", o="out_proj", forward=siglip.forward)
 _SINKS = "the sinks of its softmax"
 FAMILIES: dict[str, Family] = {
     **_named(
@@ -254,7 +259,7 @@ FAMILIES: dict[str, Family] = {
     "longcat_flash": Family.latent("LongcatFlashMLA"),
     "minicpm3": Family.latent("MiniCPM3Attention"),
     "youtu": Family.latent("YoutuAttention"),
-    # encoders used as decoders
+    # encoders that can be decoders
     "bert": _bert("BertSelfAttention"),
     "bert-generation": _bert("BertGenerationSelfAttention"),
     "camembert": _bert("CamembertSelfAttention"),
@@ -266,7 +271,18 @@ FAMILIES: dict[str, Family] = {
     "xlm-roberta": _bert("XLMRobertaSelfAttention"),
     "xlm-roberta-xl": _bert("XLMRobertaXLSelfAttention"),
     "xmod": _bert("XmodSelfAttention"),
-    # decoders of encoder-decoders, by themselves
+    # encoders alone
+    "clip": _CLIP,
+    "clip_text_model": _CLIP,
+    "clip_vision_model": _CLIP,
+    "dinov2": Family("Dinov2Attention"),
+    "distilbert": Family("DistilBertSelfAttention", q="q_lin", k="k_lin", v="v_lin", o="out_lin"),
+    "modernbert": Family.fused("ModernBertAttention", "Wqkv", _part(0, 3), _part(1, 3), o="Wo"),
+    "siglip": _SIGLIP,
+    "siglip_text_model": _SIGLIP,
+    "siglip_vision_model": _SIGLIP,
+    "vit": Family("ViTAttention"),
+    # decoders of encoder-decoders, and their encoders
     "bart": _bart("BartAttention"),
     "blenderbot": _bart("BlenderbotAttention"),
     "blenderbot-small": _bart("BlenderbotSmallAttention"),
@@ -295,6 +311,8 @@ REFUSED: dict[str, str] = {
     "bigbird_pegasus": "its attention does not say that it is causal",
     "bloom": ALIBI,
     "blt": "its layers attend to bytes and to patches of bytes",
+    "deberta": _BIAS,
+    "deberta-v2": _BIAS,
     "deepseek_v32": _INDEXER,
     "deepseek_v4": _INDEXER,
     "diffllama": "it runs attention twice over the same queries and keys, to subtract one from the other",
@@ -318,15 +336,20 @@ REFUSED: dict[str, str] = {
     "iquestcoder": _UNSAVED,
     "jetmoe": "its queries come from experts",
     "mpt": ALIBI,
+    "mt5": _BIAS,
     "paligemma": "its prefix is attended to in both directions",
     "qwen4_exp": _INDEXER,
     "qwen4_exp_text": _INDEXER,
+    "longt5": _BIAS,
     "mllama": "some of its layers attend to images alone",
     "mllama_text_model": "some of its layers attend to images alone",
     "recurrent_gemma": "it keeps its past in its modules instead of a cache",
     "roc_bert": "its decoder makes encoder-decoder caches",
     "sarvam_mla": _UNSAVED,
     "sarvam_moe": _UNSAVED,
+    "t5": _BIAS,
+    "udop": _BIAS,
+    "umt5": _BIAS,
     "zamba": _SHARED,
     "zamba2": _SHARED,
     "zaya": "its keys and values come from a convolution that shares their layer of the cache",

@@ -11,7 +11,7 @@ import copy
 import functools
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -25,9 +25,11 @@ from ..errors import SurgeryError
 from ..mixers.base import AttentionContext, AttentionShape, Mixer
 from ..sharding import Shards, differentiated
 from .families import Family
-from .masks import padding_mask, read_documents, read_padding
+from .masks import both_sides_mask, padding_mask, read_both_sides, read_documents, read_padding
 
 IMPLEMENTATION = "surgery"
+BIDIRECTIONAL = "surgery_bidirectional"
+"""Under this name encoders ask for masks."""
 CACHE_ARGUMENTS = ("past_key_values", "layer_past", "cache")
 """Names under which versions and families of transformers hand the cache to their attention."""
 
@@ -119,13 +121,15 @@ class Surgical:
         if switch.mode == "transfer":
             _refuse_continuation(cache)
             cache = None
-        layer = None if cache is None else recurrent_layer(cache, self.layer_idx)
+        causal = self.surgery_shape.causal
+        layer = recurrent_layer(cache, self.layer_idx) if causal and cache is not None else None
         if layer is not None:
             kwargs[next(name for name in CACHE_ARGUMENTS if name in kwargs)] = Passing(layer)
         call = Call(
             cache=layer,
             hidden_states=args[0] if args else kwargs["hidden_states"],
-            position_ids=kwargs.get("position_ids"),
+            # an encoder's softmax does not start documents where positions do
+            position_ids=kwargs.get("position_ids") if causal else None,
             cu_seqlens=kwargs.get("cu_seq_lens_q"),
         )
         if self.surgery_family.forward is not None:
@@ -244,10 +248,14 @@ def surgery_attention(
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     context = module.surgery_context(query, key, value, scaling, surgery)
     cache, window = surgery.cache, kwargs.get("sliding_window")
-    real = read_padding(attention_mask, query.shape[2], 0 if cache is None else cache.seen, window)
-    if real is not None and context.segments is not None:
+    if module.surgery_shape.causal:
+        real = read_padding(attention_mask, query.shape[2], 0 if cache is None else cache.seen, window)
         # positions jump at padding too; a padded batch is never packed
-        context = AttentionContext(**{**vars(context), "segments": None})
+        segments = context.segments if real is None else None
+    else:
+        real, blocks = read_both_sides(attention_mask, query.shape[2])
+        segments = context.segments if blocks is None else blocks
+    context = replace(context, segments=segments)
     if module.surgery_switch.mode == "transfer":
         return _transfer(
             module, (query, key, value, attention_mask), scaling, kwargs, Chunk(module.mixer, context, real)
@@ -286,8 +294,8 @@ def record_transfer(module: nn.Module, teacher: Tensor, chunk: Chunk) -> None:
     if switch.projected_l2:
         loss = loss + switch.projected_l2 * _projected_l2(module, student, teacher, chunk.real)
     if switch.shards:
-        loss = differentiated(loss, module.mixer, switch.shards[module.layer_idx])
-    switch.losses[module.layer_idx] = loss
+        loss = differentiated(loss, module.mixer, switch.shards[module.surgery_shape.layer])
+    switch.losses[module.surgery_shape.layer] = loss
 
 
 def _projected_l2(module: nn.Module, student: Tensor, teacher: Tensor, real: Tensor | None) -> Tensor:
@@ -309,6 +317,8 @@ def _select(student: Tensor, teacher: Tensor, real: Tensor | None) -> tuple[Tens
 
 AttentionInterface.register(IMPLEMENTATION, surgery_attention)
 AttentionMaskInterface.register(IMPLEMENTATION, padding_mask)
+AttentionInterface.register(BIDIRECTIONAL, surgery_attention)
+AttentionMaskInterface.register(BIDIRECTIONAL, both_sides_mask)
 
 
 def swap(site: Site, mixer: Mixer, switch: Switch) -> None:
@@ -355,9 +365,11 @@ def use_implementation(module: nn.Module, implementation: str | None) -> None:
         module.config._attn_implementation_internal = implementation
 
 
-def mask_config(model: nn.Module) -> Any:
-    """The config by which a converted model makes its masks: the model's own, or that of its text model."""
-    return next(iter(converted_layers(model).values())).surgery_config
+def use_masks(model: nn.Module, implementation: str | None) -> None:
+    """Choose by which attention function a converted model makes its masks; None: those of converted attention."""
+    for module in converted_layers(model).values():
+        own = IMPLEMENTATION if module.surgery_shape.causal else BIDIRECTIONAL
+        module.surgery_config._attn_implementation_internal = implementation or own
 
 
 def _rebind_forward(module: nn.Module) -> None:

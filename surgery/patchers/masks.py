@@ -18,6 +18,11 @@ from torch import Tensor
 from ..errors import SurgeryError
 from ..mixers.base import AttentionContext
 
+BEYOND_PADDING = (
+    "other than padding and documents, which linear attention in both directions cannot follow: pass the usual "
+    "[batch, tokens] attention_mask, or use surgery.mode(model, 'teacher') for this call"
+)
+
 
 def padding_mask(
     batch_size: int,
@@ -50,6 +55,24 @@ def padding_mask(
     if not torch.compiler.is_compiling() and bool(current.all()):
         return None
     return current[:, None, None, :]
+
+
+def both_sides_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable | None = None,
+    attention_mask: Tensor | None = None,
+    **kwargs: Any,
+) -> Tensor | None:
+    """`padding_mask` of encoders: [B, 1, 1, T] bool, None when all tokens are real."""
+    if kwargs.get("use_vmap") or "allow_is_bidirectional_skip" not in kwargs:
+        raise SurgeryError(f"this forward asks for an attention pattern {BEYOND_PADDING}")
+    if attention_mask is None or (not torch.compiler.is_compiling() and bool(attention_mask.all())):
+        return None
+    return attention_mask[:, None, None, :].bool()
 
 
 class _OncePerForward:
@@ -129,6 +152,23 @@ def _documents(position_ids: Tensor, batch: int) -> Tensor | None:
     return starts.cumsum(-1).expand(batch, -1)
 
 
+def _both_sides(mask: Tensor, length: int) -> tuple[Tensor | None, Tensor | None]:
+    """Real tokens and documents, [B, T] bool and int64, from any mask an encoder's layer can receive."""
+    if mask.dim() == 2 or (mask.dim() == 4 and mask.shape[-2] == 1):
+        real = mask.reshape(mask.shape[0], mask.shape[-1])
+        return real >= 0 if mask.is_floating_point() else real.bool(), None
+    keep = (mask >= 0 if mask.is_floating_point() else mask.bool())[:, 0]
+    real = keep.diagonal(dim1=-2, dim2=-1)
+    if torch.compiler.is_compiling():
+        return real, None
+    documents = _document_index(keep, real)
+    block = documents[:, :, None] == documents[:, None, :]
+    if not bool((keep == (real[:, None, :] & block))[real].all()):
+        raise SurgeryError(f"a converted attention was given a 4-dimensional mask {BEYOND_PADDING}")
+    return None if bool(real.all()) else real, documents if bool(documents.any()) else None
+
+
+_both_sides_once = _OncePerForward(_both_sides)
 _real_tokens_once = _OncePerForward(_real_tokens)
 _documents_once = _OncePerForward(_documents)
 
@@ -153,6 +193,24 @@ def read_padding(mask: Any, length: int, seen: int | Tensor, window: int | None)
             return keep.gather(-1, column.expand(keep.shape[0], -1)[..., None])[..., 0]
         seen = 0
     return _real_tokens_once(mask, length, seen, window)
+
+
+def read_both_sides(mask: Any, length: int) -> tuple[Tensor | None, Tensor | None]:
+    """[B, T], twice, from the mask an encoder's layer received: True at real tokens, and the document of each.
+
+    None: all are real; one document a row.
+
+    Raises:
+        SurgeryError: a mask of any other pattern, or of a kind that cannot be read.
+    """
+    if mask is None:
+        return None, None
+    if not isinstance(mask, Tensor) or mask.dim() not in (2, 4) or mask.shape[-1] != length:
+        raise SurgeryError(
+            f"a converted attention cannot read this {type(mask).__name__} as a mask: load the model with "
+            "attn_implementation='sdpa' and pass the usual [batch, tokens] attention_mask"
+        )
+    return _both_sides_once(mask, length)
 
 
 def read_documents(position_ids: Tensor | None, cu_seqlens: Tensor | None, batch: int, length: int) -> Tensor | None:

@@ -19,6 +19,14 @@ from .registry import how_to_register
 MODEL_TYPE_PREFIX = "surgery_"
 SEE = "docs/models.md lists the models that are supported"
 BY_ITSELF = "computes attention by itself instead of through transformers' AttentionInterface"
+NO_DECODER = (
+    "has no causal self-attention, and this mixer lets tokens see those before them alone: encoders take the mixer "
+    "bidirectional, as in the recipe bert/hedgehog"
+)
+NO_ENCODER = (
+    "has causal self-attention alone, and the mixer bidirectional would let its tokens see those that follow: take a "
+    "causal mixer, such as linear"
+)
 PARALLEL = ("DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine", "DataParallel")
 
 
@@ -80,12 +88,13 @@ def find_model(model: nn.Module) -> Any:
     return next(iter(found.values()))
 
 
-def find_sites(model: nn.Module) -> list[Site]:
+def find_sites(model: nn.Module, causal: bool = True) -> list[Site]:
     """Every attention module of `model` that can be converted, in layer order. Touches nothing.
 
+    causal: those of decoders, else those of encoders; attention from one to the other is neither.
+
     Raises:
-        UnsupportedModelError: unknown architecture, no attention, already converted, a patched forward, or attention
-            that is not causal self-attention.
+        UnsupportedModelError: unknown architecture, no attention of that kind, already converted or a patched forward.
     """
     name = type(model).__name__
     converted = next(iter(converted_layers(model).values()), None)
@@ -95,19 +104,25 @@ def find_sites(model: nn.Module) -> list[Site]:
             "load the original again"
         )
     if not isinstance(model, PreTrainedModel):
+        if not causal:
+            raise UnsupportedModelError(f"{name} is no Hugging Face model, and recipes for encoders convert no others")
         return plain.find_sites(model)
     family = _family(model)
-    config = model.config.get_text_config(decoder=True)
     modules = [(path, module) for path, module in model.named_modules() if type(module).__name__ == family.attention]
-    # encoders and attention to encoders, which some families make of the same class, stay as they are
-    modules = [found for found in modules if _is_causal(found[1])] or modules
     if not modules:
         raise UnsupportedModelError(
             f"{name} has no {family.attention} modules, so there is no softmax attention to convert: pass the model "
             "that holds the decoder layers"
         )
-    layers = len(modules)
-    return [Site(path, module, family, _shape(path, module, family, config, layers)) for path, module in modules]
+    chosen = [(path, module) for path, module in modules if _is_causal(module, family) is causal]
+    if not chosen:
+        raise UnsupportedModelError(f"{name} {NO_DECODER if causal else NO_ENCODER}")
+    text = model.config.get_text_config(decoder=True) if causal and family.causal is None else None
+    sites: list[Site] = []
+    for path, module in chosen:
+        shape = _shape(path, module, family, text or module.config, causal, len(sites), len(chosen))
+        sites.append(Site(path, module, family, shape))
+    return sites
 
 
 def has_softmax(model: PreTrainedModel) -> bool:
@@ -154,14 +169,24 @@ def _reason(model: PreTrainedModel) -> str:
     return "its family is not known yet"
 
 
-def _is_causal(module: nn.Module) -> bool:
-    return getattr(module, "is_causal", True) and not getattr(module, "is_cross_attention", False)
+def _is_causal(module: Any, family: Family) -> bool | None:
+    """Whether tokens see those before them alone (decoders) or all (encoders); None: they see an encoder's."""
+    if getattr(module, "is_cross_attention", False):
+        return None
+    if family.causal is not None:
+        return family.causal(module)
+    if getattr(module, "is_causal", True):
+        return True
+    return None if getattr(module, "is_decoder", False) else False
 
 
-def _shape(path: str, module: Any, family: Family, config: Any, layers: int) -> AttentionShape:
-    if not _is_causal(module):
-        raise UnsupportedModelError(f"{path} is not causal self-attention, and only that is supported for this family")
-    if getattr(module, "layer_idx", None) is None:
+def _shape(
+    path: str, module: Any, family: Family, config: Any, causal: bool, index: int, layers: int
+) -> AttentionShape:
+    layer = getattr(module, "layer_idx", None) if causal else index
+    if layer is None and family.causal is not None:
+        layer = index
+    if layer is None:
         raise UnsupportedModelError(
             f"{path} has no layer_idx, which caches need: build the model from its config class"
         )
@@ -180,10 +205,11 @@ def _shape(path: str, module: Any, family: Family, config: Any, layers: int) -> 
         kv_heads=kv_heads,
         head_dim=head_dim,
         hidden_size=config.hidden_size,
-        layer=module.layer_idx,
+        layer=layer,
         layers=layers,
         sliding_window=getattr(module, "sliding_window", getattr(config, "sliding_window", None)) or None,
         softcap=getattr(module, "attn_logit_softcapping", None),
+        causal=causal,
     )
 
 

@@ -87,7 +87,7 @@ def _observed(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> tuple[dic
 
     for module in converted_layers(model).values():
         if isinstance(module.mixer, Windowed):
-            handles.append(module.mixer.register_forward_pre_hook(share_of(module.layer_idx)))
+            handles.append(module.mixer.register_forward_pre_hook(share_of(module.surgery_shape.layer)))
         if isinstance(getattr(module.mixer, "gate", None), nn.Module):
             handles.append(module.mixer.gate.register_forward_hook(gate))
     try:
@@ -123,7 +123,7 @@ def first_broken(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> str | 
     """In words, the first layer whose mixer gives something that is not finite, and which part of it; None: there is
     no such layer."""
     layers = converted_layers(model)
-    names = {id(module.mixer): (module.layer_idx, path) for path, module in layers.items()}
+    names = {id(module.mixer): (module.surgery_shape.layer, path) for path, module in layers.items()}
     broken: list[str] = []
 
     def hook(mixer: Mixer, args: tuple[Any, ...], output: Any) -> None:

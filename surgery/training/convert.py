@@ -99,6 +99,11 @@ def convert(
     options = options or Options()
     if not recipe.stages:
         raise SurgeryError("the recipe has no stages, so there is nothing to run: surgery.apply alone converts a model")
+    if not recipe.causal:
+        raise SurgeryError(
+            "surgery convert trains on the next token, which an encoder has seen: convert with surgery.apply, and heal "
+            "in a Trainer of your own with surgery.callbacks_for(recipe, ...)"
+        )
     team = join(options.devices, options.nodes, options.cpu)
     for training in recipe.training:
         _own(training, team)

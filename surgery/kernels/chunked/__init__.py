@@ -1,5 +1,6 @@
 """The operations in plain torch, cut into chunks: linear in the number of tokens, differentiable, no host syncs."""
 
+from .bidirectional import bidirectional_attention, bidirectional_cross_entropy
 from .delta import delta_attention
 from .gated import gated_linear_attention
 from .hybrid import hybrid_attention
@@ -11,6 +12,8 @@ from .window import window_attention
 
 __all__ = [
     "attention_cross_entropy",
+    "bidirectional_attention",
+    "bidirectional_cross_entropy",
     "delta_attention",
     "gated_linear_attention",
     "gated_slot_attention",

@@ -31,8 +31,14 @@ def real(lengths: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
     """[B, T, ...] with zeros at padding, whatever was there: a weight of zero does not stop a NaN."""
     if lengths is None:
         return tensors
-    padding = torch.arange(tensors[0].shape[1], device=lengths.device) >= lengths[:, None]
-    return tuple(x.masked_fill(padding.view(*padding.shape, *[1] * (x.ndim - 2)), 0) for x in tensors)
+    return masked(torch.arange(tensors[0].shape[1], device=lengths.device) < lengths[:, None], *tensors)
+
+
+def masked(mask: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """The same where padding is whatever the mask, [B, T], is False for."""
+    if mask is None:
+        return tensors
+    return tuple(x.masked_fill(~mask.view(*mask.shape, *[1] * (x.ndim - 2)), 0) for x in tensors)
 
 
 @dataclass(frozen=True)
