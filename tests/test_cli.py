@@ -78,7 +78,7 @@ def test_version():
 
 def test_help_lists_the_commands():
     output = run("--help").output
-    for command in ("recipes", "inspect", "generate", "doctor"):
+    for command in ("recipes", "inspect", "import", "export", "generate", "doctor"):
         assert command in output
 
 
