@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,7 +18,6 @@ if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("kernels run on a GPU or in the interpreter", allow_module_level=True)
 
 pytest.importorskip("triton")
-ROOT = Path(__file__).parents[2]
 SLIDING, TERRACED, WIDE = Window(7), Window(6, "terraced"), Window(20)
 SINKS, TERRACED_SINKS = Window(7, sinks=3), Window(6, "terraced", sinks=5)
 FORMS = {
@@ -216,12 +212,3 @@ def test_what_no_kernel_covers_runs_chunked():
         call = Call(kernels.OPS[f"{form.__name__}_attention"], form(Draw(Shape(9), torch.float32), Window(3, sinks=17)))
         found, expected = call.run("triton"), call.run("chunked")
         assert agree(found, expected, allowed=1e-9)
-
-
-def test_compiles_for_a_gpu():
-    """Without one, and in a process of its own: this one interprets."""
-    environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "benchmarks.check_mixed", "--arch", "90", "--dtype", "bf16", "--square"]
-    command += ["--call", "joint, more"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
