@@ -18,7 +18,7 @@ from surgery.mixers.locality import beyond
 
 FAR = {"rate": 4.0, "bias": -12.0, "gain": 9.0, "window_factor": -9.0, "q_weight": 1.0, "q_bias": 5.0}
 """Values that forget at once, are much too large, or leave one branch alone."""
-FORGETFUL = {"mamba2", "mesa", "mlstm-head", "gated-delta", "gated-delta-learned", "kda"}
+FORGETFUL = {"gla-hidden", "mamba2", "mesa", "mlstm-head", "gated-delta", "gated-delta-learned", "kda"}
 """Whose heads are best off, with random weights, when they forget: a gate that remembers is refused."""
 
 
