@@ -136,6 +136,8 @@ class SharedProbabilities:
         # rows: version, first step, probabilities
         self.table = torch.zeros(2, 2 + len(probabilities), dtype=torch.float64).share_memory_()
         self.table[:, 2:] = torch.from_numpy(np.asarray(probabilities, float))
+        # the older row is written to, and must not be one that somebody reads
+        self.table[0, 0] = 1
 
     def part(self) -> None:
         """Stop sharing with the process that this one was forked from."""

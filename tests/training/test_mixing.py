@@ -198,6 +198,15 @@ def test_a_step_ahead_makes_prefetching_irrelevant():
     assert run(1) == run(0)
 
 
+def test_the_first_change_is_not_written_over_what_workers_read():
+    shared = SharedProbabilities(np.array([0.9, 0.1]))
+    read = int(shared.table[:, 0].argmax())
+    before = shared.table[read].clone()
+    shared.publish(np.array([0.1, 0.9]), step=10)
+    assert torch.equal(shared.table[read], before)
+    assert np.array_equal(shared.at(9), [0.9, 0.1]) and np.array_equal(shared.at(10), [0.1, 0.9])
+
+
 def test_recipes_can_ask_for_mixing():
     recipe = load_recipe("llama/logmass")
     found = recipe.override({"stages.0.mixing": {"kind": "temperature", "at": 1000}}).stages[0].mixing
