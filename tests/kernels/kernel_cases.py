@@ -255,3 +255,12 @@ def gradients(call: Call, backend: str, state: dict[str, Tensor] | None = None, 
     wanted = [x for x in leaves if isinstance(x, Tensor) and x.requires_grad]
     found = torch.autograd.grad(total, wanted, allow_unused=True)
     return [torch.zeros_like(x) if g is None else g for x, g in zip(wanted, found, strict=True)]
+
+
+def everything(function, tensors: dict[str, Tensor], dtype: torch.dtype, **options: Any) -> list[Tensor]:
+    """Outputs, and all gradients of a random functional of them."""
+    leaves = {name: x.to(dtype, copy=True).requires_grad_() for name, x in tensors.items()}
+    outputs = [x for x in function(**leaves, **options) if x is not None]
+    generator = torch.Generator().manual_seed(99)
+    total = sum((x * torch.randn(x.shape, generator=generator).to(x.dtype)).sum() for x in outputs)
+    return [x.detach() for x in outputs] + list(torch.autograd.grad(total, list(leaves.values())))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import Call, Shape, difference, gradients
+from kernel_cases import Call, Shape, difference, everything, gradients
 from torch import Tensor
 
 from surgery import kernels
@@ -74,15 +74,6 @@ def exact(q, k, v, *, log_decay=None, scale=1.0, normalize=False, eps=1e-12, S=N
         state=state, segments=documents, return_state=True,
     )  # fmt: skip
     return y, after["S"], after.get("z")
-
-
-def everything(function, tensors: dict[str, Tensor], dtype: torch.dtype, **options: Any) -> list[Tensor]:
-    """Outputs, and all gradients of a random functional of them."""
-    leaves = {name: x.to(dtype, copy=True).requires_grad_() for name, x in tensors.items()}
-    outputs = [x for x in function(**leaves, **options) if x is not None]
-    generator = torch.Generator().manual_seed(99)
-    total = sum((x * torch.randn(x.shape, generator=generator).to(x.dtype)).sum() for x in outputs)
-    return outputs + list(torch.autograd.grad(total, list(leaves.values())))
 
 
 def error(tensors: dict[str, Tensor], **options: Any) -> float:

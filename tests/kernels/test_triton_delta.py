@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import Call, Shape, difference
+from kernel_cases import Call, Shape, difference, everything
 from torch import Tensor
 
 from surgery import kernels
@@ -63,15 +63,6 @@ def exact(q, k, v, beta, *, log_decay=None, scale=1.0, S=None, documents=None):
         return_state=True,
     )  # fmt: skip
     return y, after["S"]
-
-
-def everything(function, tensors: dict[str, Tensor], dtype: torch.dtype, **options: Any) -> list[Tensor]:
-    """Outputs, and all gradients of a random functional of them."""
-    leaves = {name: x.to(dtype, copy=True).requires_grad_() for name, x in tensors.items()}
-    outputs = function(**leaves, **options)
-    generator = torch.Generator().manual_seed(99)
-    total = sum((x * torch.randn(x.shape, generator=generator).to(x.dtype)).sum() for x in outputs)
-    return [x.detach() for x in outputs] + list(torch.autograd.grad(total, list(leaves.values())))
 
 
 def error(tensors: dict[str, Tensor], **options: Any) -> float:
