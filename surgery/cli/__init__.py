@@ -13,57 +13,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
-from .errors import SurgeryError, loading
+from ..errors import SurgeryError, loading
+from .common import ColumnOption, Commands, DataOption, ModelOption, RecipeOption, SetOption, make_console, show
 from .exchange import export_model, import_model
 
 if TYPE_CHECKING:
-    from .recipe import Recipe
+    from ..recipe import Recipe
 
 
-class _Commands(typer.core.TyperGroup):
-    """Says our own errors in one clean message, without a traceback."""
+app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except SurgeryError as error:
-            Console(stderr=True, soft_wrap=True, highlight=False).print(str(error), style="red", markup=False)
-            raise typer.Exit(2) from None
-
-
-app = typer.Typer(cls=_Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-
-RecipeOption = Annotated[str | None, typer.Option("--recipe", "-r", help="A shipped name or the path of a YAML file.")]
-SetOption = Annotated[
-    list[str] | None, typer.Option("--set", "-s", metavar="KEY=VALUE", help="Change one value: mixer.window.size=32")
-]
-ModelOption = Annotated[str, typer.Option("--model", "-m", help="A local folder or a name on the Hugging Face hub.")]
-DataOption = Annotated[
-    list[Path],
-    typer.Option("--data", "-d", help="Text, .jsonl, .parquet, .npy, .u16, also .gz or .xz; hf:NAME; repeatable."),
-]
-ColumnOption = Annotated[str, typer.Option(help="Of the text in .jsonl, .parquet and hf: data.")]
 DEMO_OUT = Path("demo-output")
 
 
-def _console() -> Console:
-    """For people at a terminal; plain, unwrapped text for everything else."""
-    return Console() if sys.stdout.isatty() else Console(width=240, highlight=False, color_system=None)
-
-
-def _show(table: Table) -> None:
-    console = _console()
-    if not console.is_terminal:
-        table.box = None
-    console.print(table)
-
-
 def _read_recipe(name: str, changes: list[str] | None) -> Recipe:
-    from .recipe import load_recipe
-    from .validation import parse_changes
+    from ..recipe import load_recipe
+    from ..validation import parse_changes
 
     values = parse_changes(changes or [], "mixer.window.size=32")
     recipe = load_recipe(name)
@@ -72,7 +39,7 @@ def _read_recipe(name: str, changes: list[str] | None) -> Recipe:
 
 def _version(wanted: bool) -> None:
     if wanted:
-        from . import __version__
+        from .. import __version__
 
         typer.echo(f"surgery {__version__}")
         raise typer.Exit
@@ -90,17 +57,17 @@ def _options(
 @app.command()
 def recipes(name: Annotated[str | None, typer.Argument(help="Show this one in full.")] = None) -> None:
     """List the recipes that come with this package, or show one."""
-    from .recipe import list_recipes, load_recipe, recipe_path
+    from ..recipe import list_recipes, load_recipe, recipe_path
 
     if name is None:
         table = Table("recipe", "what it is")
         for known in list_recipes():
             table.add_row(known, load_recipe(known).description)
-        _show(table)
+        show(table)
         return
     path = recipe_path(name)
     load_recipe(path)
-    console, text = _console(), path.read_text(encoding="utf-8")
+    console, text = make_console(), path.read_text(encoding="utf-8")
     if console.is_terminal:
         from rich.syntax import Syntax
 
@@ -126,7 +93,7 @@ def inspect(
     if as_json:
         typer.echo(json.dumps(report.to_dict(), indent=2))
     else:
-        _show(report.table())
+        show(report.table())
 
 
 def _read_layers(text: str | None) -> list[int] | None:
@@ -142,7 +109,7 @@ def _inspect(name: str, recipe: Recipe, layers: list[int] | None) -> Any:
 
     import surgery
 
-    from .hub import auto_class
+    from ..hub import auto_class
 
     with loading("model", name):
         config = AutoConfig.from_pretrained(name)
@@ -162,13 +129,13 @@ def layers(
 ) -> None:
     """Measure what converting each layer costs, and propose which keep softmax (--set layers.tokens=8192: on more)."""
     chosen = _read_recipe(recipe, [*(set_ or ()), *([] if keep is None else [f"layers.auto={keep}"])])
-    from .training.convert import Options
-    from .training.layers import measured_layers
+    from ..training.convert import Options
+    from ..training.layers import measured_layers
 
     found = measured_layers(model, chosen, data, Options(column=column))
     if as_json:
         return typer.echo(json.dumps(found.to_dict(), indent=2))
-    _show(found.table())
+    show(found.table())
     typer.echo(f"surgery convert --set 'layers={list(found)}' converts the others")
 
 
@@ -192,21 +159,21 @@ def plan(
 ) -> None:
     """Show what a conversion would take: memory of each GPU, time, disk. Only the model's config is read."""
     chosen = _read_recipe(recipe, set_)
-    from .planning import Request
-    from .planning import plan as make
-    from .planning.report import headline, tables
-    from .planning.shapes import load_config
+    from ..planning import Request
+    from ..planning import plan as make
+    from ..planning.report import headline, tables
+    from ..planning.shapes import load_config
 
     request = Request(gpus, gpu, gpu_memory, tokens_per_batch, data_tokens, strategy, block_layers, precision)
     found = make(load_config(model, shape), chosen, request)
     if as_json:
         typer.echo(json.dumps(found.to_dict(), indent=2))
         return
-    _console().print(headline(found))
+    make_console().print(headline(found))
     for table in tables(found):
-        _show(table)
+        show(table)
     for assumption in found.assumptions:
-        _console().print(f"assumed: {assumption}")
+        make_console().print(f"assumed: {assumption}")
 
 
 @app.command()
@@ -245,9 +212,9 @@ def convert(
     chosen = _read_recipe(recipe, set_)
     import logging
 
-    from .training.convert import Options
-    from .training.convert import convert as run
-    from .training.processes import joined, start
+    from ..training.convert import Options
+    from ..training.convert import convert as run
+    from ..training.processes import joined, start
 
     if (devices or 1) * nodes > 1 and not joined():
         raise typer.Exit(start([sys.executable, "-m", "surgery.cli", *sys.argv[1:]], devices or 1, nodes))
@@ -347,12 +314,12 @@ def evaluate(
     model = model or model_
     if model is None:
         raise SurgeryError("no model: surgery evaluate MODEL, a folder or a name on the Hugging Face hub")
-    from .evaluation import Probes
-    from .evaluation.comparison import write_json
-    from .evaluation.plot import plot
-    from .evaluation.report import markdown, remarks, tables
-    from .evaluation.run import Settings, evaluate_folders, output_files
-    from .training.run import write_text
+    from ..evaluation import Probes
+    from ..evaluation.comparison import write_json
+    from ..evaluation.plot import plot
+    from ..evaluation.report import markdown, remarks, tables
+    from ..evaluation.run import Settings, evaluate_folders, output_files
+    from ..training.run import write_text
 
     amounts = Probes() if probes else Probes(recall_rows=0, parity_rows=0, speed_runs=0, branch_rows=0)
     chosen = replace(amounts, tasks=tuple(tasks or ()), task_rows=task_rows)
@@ -360,9 +327,9 @@ def evaluate(
     settings = settings.quick() if quick else settings
     found = evaluate_folders(model, data or (), softmax=against, controls=control or (), settings=settings)
     for table in tables(found):
-        _show(table)
+        show(table)
     for remark in remarks(found.result):
-        _console().print(remark)
+        make_console().print(remark)
     numbers, text, picture = output_files(out)
     write_json(found, numbers)
     write_text(text, markdown(found))
@@ -374,12 +341,12 @@ def evaluate(
 @app.command()
 def doctor() -> None:
     """Show versions and hardware, then compare every kernel with its reference on this machine."""
-    from .doctor import check_kernels, environment, warnings
+    from ..doctor import check_kernels, environment, warnings
 
     versions = Table("what", "version")
     for what, version in environment().items():
         versions.add_row(what, version)
-    _show(versions)
+    show(versions)
     for warning in warnings():
         typer.echo(warning)
     kernels, wrong = Table("op", "backend", "device", "dtype", "error", "gradient", "allowed", "speed", "verdict"), 0
@@ -391,7 +358,7 @@ def doctor() -> None:
         cells = (check.op, check.backend, check.device, check.dtype, error, gradient, f"{check.allowed:.0e}", speed)
         kernels.add_row(*cells, verdict)
     if kernels.row_count:
-        _show(kernels)
+        show(kernels)
     typer.echo(f"{kernels.row_count - wrong} of {kernels.row_count} kernel checks right")
     if wrong:
         raise typer.Exit(1)
@@ -402,15 +369,15 @@ def demo(
     out: Annotated[Path, typer.Option("--out", "-o", help="Where to write; replaces an earlier demo.")] = DEMO_OUT,
 ) -> None:
     """Convert the model that comes along, heal it a little, and measure it beside what a GPU made of it. Offline."""
-    from .showcase import run_demo
+    from ..showcase import run_demo
 
     def show(shown: Any) -> None:
         if isinstance(shown, str):
             typer.echo(shown)
         elif isinstance(shown, Table):
-            _show(shown)
+            show(shown)
         else:
-            _console().print(shown)
+            make_console().print(shown)
 
     run_demo(out, show, progress=sys.stdout.isatty())
 
@@ -418,7 +385,3 @@ def demo(
 def main() -> None:
     """The console script."""
     app()
-
-
-if __name__ == "__main__":
-    main()

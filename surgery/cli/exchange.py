@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .errors import loading
+from ..errors import loading
 
 Options = Annotated[
     list[str] | None, typer.Option("--set", "-s", metavar="KEY=VALUE", help="An option of the format: window=32")
@@ -26,10 +26,10 @@ def import_model(
     import torch
     from transformers import AutoConfig, AutoTokenizer
 
-    from . import adapters
-    from .hub import auto_class, replace_folder
-    from .interchange import import_checkpoint
-    from .validation import parse_changes
+    from .. import adapters
+    from ..hub import auto_class, replace_folder
+    from ..interchange import import_checkpoint
+    from ..validation import parse_changes
 
     with loading("model", model):
         config = AutoConfig.from_pretrained(model)
@@ -54,8 +54,8 @@ def export_model(
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
 ) -> None:
     """Write a converted model as a checkpoint that another project reads, after comparing its logits."""
-    from .hub import from_pretrained
-    from .interchange import export_checkpoint
+    from ..hub import from_pretrained
+    from ..interchange import export_checkpoint
 
     with loading("model", model):
         network = from_pretrained(model, dtype=dtype)
