@@ -10,6 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from rich.panel import Panel
+from rich.table import Table
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -259,3 +261,17 @@ def test_relative_error_is_relative_to_the_largest_output():
     assert relative_error([torch.tensor([100.0, 1.0])], [torch.tensor([100.0, 2.0])]) == pytest.approx(0.01)
     with pytest.raises(ValueError, match="zip"):
         relative_error([], [torch.ones(1)])
+
+
+def test_demo_shows_lines_and_tables(monkeypatch, tmp_path):
+    def run_demo(out, show, progress):
+        table = Table("layer")
+        table.add_row("eleven")
+        show("[a line] as it is")
+        show(table)
+        show(Panel("framed"))
+
+    monkeypatch.setattr("surgery.showcase.run_demo", run_demo)
+    result = CliRunner().invoke(app, ["demo", "--out", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    assert all(said in result.output for said in ("[a line] as it is", "layer", "eleven", "framed"))

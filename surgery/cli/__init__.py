@@ -371,14 +371,6 @@ def demo(
     """Convert the model that comes along, heal it a little, and measure it beside what a GPU made of it. Offline."""
     from ..showcase import run_demo
 
-    def show(shown: Any) -> None:
-        if isinstance(shown, str):
-            typer.echo(shown)
-        elif isinstance(shown, Table):
-            show(shown)
-        else:
-            make_console().print(shown)
-
     run_demo(out, show, progress=sys.stdout.isatty())
 
 

@@ -41,8 +41,12 @@ def make_console() -> Console:
     return Console() if sys.stdout.isatty() else Console(width=240, highlight=False, color_system=None)
 
 
-def show(table: Table) -> None:
+def show(shown: Any) -> None:
+    """A line as it is, a table in full, and whatever else rich can print."""
     console = make_console()
-    if not console.is_terminal:
-        table.box = None
-    console.print(table)
+    if isinstance(shown, str):
+        typer.echo(shown)
+        return
+    if isinstance(shown, Table) and not console.is_terminal:
+        shown.box = None
+    console.print(shown)
