@@ -10,7 +10,10 @@ peak memory of the fullest device; the loss of every step;
 communication: the part of a profiled step in which a collective runs (waiting for other processes included), and
 exposed: in which nothing else does.
 
---kill does something else: it kills one process of a `surgery convert` under each strategy, and makes sure that the
+--curves does something else: every number of devices trains on the same rows, --steps of them all told, and the losses
+of every step are compared with those of one device (curves.json; difference: the largest relative one).
+
+--kill kills one process of a `surgery convert` under each strategy, and makes sure that the
 run ends with one sentence that says so, and that the same command then goes on from a checkpoint to the end.
 
 Each shape and strategy runs in processes of its own; what fails, or takes longer than --timeout, is noted and left out.
@@ -104,6 +107,22 @@ def efficiency(row: Row, rows: list[Row]) -> float | None:
     return row["tokens_per_second"] / row["devices"] / alone[0]["tokens_per_second"]
 
 
+def curves(chosen: argparse.Namespace, strategy: str, most: int) -> list[Row]:
+    """Both stages of the first shape at the first length, every device's rows taken by one where there is one."""
+    alone, length = strategy == "single", chosen.lengths[0]
+    sizes = {"rows": max(1, chosen.tokens // length), "steps": chosen.steps, "parts": most if alone else 1}
+    cells = [(chosen.shapes[0], strategy, 1 if alone else most, stage, length) for stage in chosen.stages]
+    return [dict(zip(KEY, cell, strict=True)) | sizes for cell in cells]
+
+
+def difference(row: Row, rows: list[Row]) -> float | None:
+    """The largest relative difference of a step's loss from that of one device, where it was measured."""
+    alone = [r for r in rows if r["strategy"] == "single" and r["stage"] == row["stage"] and "losses" in r]
+    if not alone or "losses" not in row:
+        return None
+    return max(abs(a - b) / abs(b) for a, b in zip(row["losses"], alone[0]["losses"], strict=True))
+
+
 def report(result: dict[str, Any]) -> str:
     rows = result["rows"]
     percent = lambda x: "–" if x is None or x != x else f"{x:.0%}"  # noqa: E731
@@ -164,6 +183,7 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--timeout", type=float, default=150, help="Seconds for one shape and strategy.")
     parser.add_argument("--budget", type=float, default=460, help="Seconds after which nothing more is begun.")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--curves", action="store_true", help="Compare losses; see above.")
     parser.add_argument("--kill", action="store_true", help="Kill a process, and go on; see above.")
     parser.add_argument("--quick", action="store_true", help="A toy on two CPU processes.")
     chosen = parser.parse_args(given)
@@ -190,7 +210,8 @@ def main(given: list[str] | None = None) -> dict[str, Any]:
     def found(row: Row) -> None:
         result["rows"].append(row)
         print({key: value for key, value in row.items() if key != "losses"}, flush=True)
-        (chosen.out / ("kill.json" if chosen.kill else "scaling.json")).write_text(json.dumps(result, indent=1) + "\n")
+        name = "kill" if chosen.kill else "curves" if chosen.curves else "scaling"
+        (chosen.out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
 
     if chosen.kill:
         for strategy in chosen.strategies:
@@ -198,6 +219,11 @@ def main(given: list[str] | None = None) -> dict[str, Any]:
                 found(scaling_kill.kill(chosen.recipe, strategy, max(most, 2), chosen.quick, chosen.timeout))
         return result
     shared = {"recipe": chosen.recipe, "cpu": chosen.quick, "checkpointing": chosen.checkpointing}
+    if chosen.curves:
+        for strategy in chosen.strategies:
+            cells = curves(chosen, strategy, most)
+            run(cells, shared, chosen.timeout, lambda row: found(row | {"difference": difference(row, result["rows"])}))
+        return result
     end = time.monotonic() + chosen.budget
     for shape in chosen.shapes:
         for devices, strategy in ((n, s) for n in counts for s in chosen.strategies if (n == 1) == (s == "single")):

@@ -55,8 +55,9 @@ def measure(cell: Row, model: Any, stage: Any, rank: int, checkpointing: bool) -
     """One stage at one length, on this process's device and its share of the rows."""
     cuda, world = next(model.parameters()).is_cuda, cell["devices"]
     steps, words = WARM_UP + cell["steps"] + 1, model.config.vocab_size
-    generator = torch.Generator().manual_seed(rank)
-    rows = [torch.randint(words, (cell["rows"], cell["length"]), generator=generator) for _ in range(steps)]
+    parts, size = cell.get("parts", 1), (cell["rows"], cell["length"])
+    draws = [torch.Generator().manual_seed(rank * parts + part) for part in range(parts)]
+    rows = [torch.cat([torch.randint(words, size, generator=draw) for draw in draws]) for _ in range(steps)]
     callbacks: list[Any] = list(stage_callbacks(stage))
     transfer = next((callback for callback in callbacks if isinstance(callback, AttentionTransfer)), None)
     module: Any = HealingModule(model, stage, steps=steps, transfer=transfer, shards=cell["strategy"] == "fsdp")
@@ -79,7 +80,11 @@ def measure(cell: Row, model: Any, stage: Any, rank: int, checkpointing: bool) -
         use_distributed_sampler=False,
     )
     trainer.fit(module.train(), DataLoader([{"input_ids": x, "labels": x} for x in rows], batch_size=None))
-    own = {"peak_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else None, **pace.shares}
+    own = {
+        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else None,
+        **pace.shares,
+        "losses": pace.losses,
+    }
     everyone: list[Any] = [own]
     if world > 1:
         everyone = [None] * world
@@ -87,11 +92,12 @@ def measure(cell: Row, model: Any, stage: Any, rank: int, checkpointing: bool) -
     seconds = median(pace.seconds[WARM_UP:-1])
     return {
         "seconds": seconds,
-        "tokens_per_second": world * cell["rows"] * cell["length"] / seconds,
+        "tokens_per_second": world * parts * cell["rows"] * cell["length"] / seconds,
         "peak_gib": max(each["peak_gib"] for each in everyone) if cuda else None,
         "communication": mean(each["communication"] for each in everyone),
         "exposed": mean(each["exposed"] for each in everyone) if cuda else None,
-        "losses": pace.losses,
+        # of each its own rows
+        "losses": [mean(step) for step in zip(*(each["losses"] for each in everyone), strict=True)],
     }
 
 

@@ -27,6 +27,15 @@ def test_quick_run_writes_what_it_measured(tmp_path):
     assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_two_processes_have_the_losses_of_one(tmp_path):
+    arguments = ["--quick", "--curves", "--strategies", "single", "ddp", "--out", str(tmp_path)]
+    rows = scaling.main(arguments)["rows"]
+    assert [(row["strategy"], row["stage"]) for row in rows] == [("single", 1), ("single", 2), ("ddp", 1), ("ddp", 2)]
+    assert all(len(set(row["losses"])) == scaling_process.WARM_UP + 2 + 1 for row in rows)
+    assert rows[2]["difference"] < 1e-2 and rows[3]["difference"] < 1e-2
+    assert scaling.difference({"stage": 1, "losses": [2 * x for x in rows[0]["losses"]]}, rows) == pytest.approx(1)
+
+
 def test_a_failure_is_noted_and_the_rest_runs(monkeypatch, capsys):
     codes = iter(["print('ValueError: too large'); exit(1)", "import time; time.sleep(60)"])
 
