@@ -5,15 +5,15 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from . import channel_configs as configs
 from .channel_far import far_key_query_gradients, far_outputs, far_value_gradients
 from .channel_gradients import key_query_gradients
 from .channel_sweeps import output_sweep, prepare, value_sweep
-from .configs import padded
+from .configs import cdiv, padded
 from .decay import INTERPRET, contiguous, gradients, outputs
+from .operation import operation
 from .sweeps import excess_rows
 
 SPAN = 32
@@ -105,7 +105,7 @@ class Call(NamedTuple):
         return q, k, factors, near, states, zs
 
 
-@torch.library.custom_op("surgery::channel_attention", mutates_args=())
+@operation("channel_attention")
 def _forward(
     q: Tensor,
     k: Tensor,
@@ -134,11 +134,11 @@ def _forward(
     tile = call.tile(configs.SWEEP)
     flags = {"CARRIED": S is not None, "STATES": training, "REST": rest.numel() > 0, "MAKE": call.fused}
     operands = (q, k) if call.fused else (made.q, made.k)
-    output_sweep[triton.cdiv(v.shape[3], tile.columns), k.shape[2], batch](
+    output_sweep[cdiv(v.shape[3], tile.columns), k.shape[2], batch](
         *operands, v, log_gate, made.factors, made.near, documents, S, z, y, rest, mass, states, zs, S_after, z_after,
         tokens, scale, eps, **call.told(output_sweep, tile, **flags),
     )  # fmt: skip
-    far_outputs[triton.cdiv(call.chunks, SPAN), heads, batch](
+    far_outputs[cdiv(call.chunks, SPAN), heads, batch](
         q, k, v, log_gate, made.near, documents, y, rest, mass, tokens, scale,
         **call.told(far_outputs, call.tile(configs.FAR), **flags),
     )  # fmt: skip
@@ -150,7 +150,7 @@ def _(q, k, v, log_gate, S, z, documents, scale, normalize, eps, training):
     return *outputs(q, k, v, normalize, training), *Call(q, k, v, log_gate, documents, normalize, training).made()
 
 
-@torch.library.custom_op("surgery::channel_attention_backward", mutates_args=())
+@operation("channel_attention_backward")
 def _backward(
     dy: Tensor,
     dS_after: Tensor | None,
@@ -188,7 +188,7 @@ def _backward(
     inverse, excess = 1 / mass, torch.empty_like(mass)
     if normalize:
         rows = excess.numel()
-        excess_rows[(triton.cdiv(rows, 32),)](
+        excess_rows[(cdiv(rows, 32),)](
             dy, y, rest, excess, rows, WIDTH=columns, R=32, X=padded(columns), REST=rest.numel() > 0
         )
     # one per head of the state: several may share a head of v
@@ -200,12 +200,12 @@ def _backward(
         "DS": S is not None,
         "DZ": z is not None,
     }
-    value_sweep[triton.cdiv(columns, tile.columns), state_heads, batch](
+    value_sweep[cdiv(columns, tile.columns), state_heads, batch](
         made.q, made.k, dy, made.factors, made.near, documents, inverse, excess, dS_after, dz_after, shared, dstates,
         dzs, dS, dz, tokens, **call.told(value_sweep, tile, **ends),
     )  # fmt: skip
     tile = call.tile(configs.FAR)
-    slices, spans = triton.cdiv(columns, tile.columns), triton.cdiv(call.chunks, SPAN)
+    slices, spans = cdiv(columns, tile.columns), cdiv(call.chunks, SPAN)
     far_value_gradients[slices * spans, state_heads, batch](
         q, k, dy, log_gate, made.near, documents, inverse, shared, tokens, scale,
         **call.told(far_value_gradients, tile),
@@ -213,7 +213,7 @@ def _backward(
     if shared is not dv:
         dv.copy_(shared.unflatten(2, (v.shape[2], -1)).sum(3))
     tile = call.tile(configs.GRADIENTS)
-    cuts = triton.cdiv(features, tile.channels)
+    cuts = cdiv(features, tile.channels)
     key_query_gradients[cuts * state_heads, call.chunks, batch](
         made.q, made.k, v, dy, log_gate, made.factors, made.near, documents, inverse, excess, states, zs, dstates, dzs,
         dq, dk, dlog_gate, tokens, scale, **call.told(key_query_gradients, tile, GATE=gate_gradient),

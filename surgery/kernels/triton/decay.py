@@ -8,7 +8,8 @@ import torch
 import triton
 from torch import Tensor
 
-from .configs import GATE_GRADIENT, NORMALIZED, PLAIN, config, padded
+from .configs import GATE_GRADIENT, NORMALIZED, PLAIN, cdiv, config, padded
+from .operation import operation
 from .sweeps import excess_rows, key_sweep, output_sweep, query_sweep
 
 INTERPRET = bool(triton.knobs.runtime.interpret)
@@ -59,11 +60,11 @@ class Call(NamedTuple):
     def launch(self, kind: str, score: int, output: int) -> tuple[tuple[int, int, int], dict[str, int], int, int]:
         """The grid, launch options, tile widths and chunk of a sweep whose scores sum over `score` columns."""
         chunk, columns, warps, stages = config(kind, score, output, self.q.element_size() * 8)
-        grid = triton.cdiv(output, columns), self.k.shape[2], self.q.shape[0]
+        grid = cdiv(output, columns), self.k.shape[2], self.q.shape[0]
         return grid, {"C": chunk, "num_warps": warps, "num_stages": stages}, padded(score), columns
 
 
-@torch.library.custom_op("surgery::decay_attention", mutates_args=())
+@operation("decay_attention")
 def _forward(
     q: Tensor,
     k: Tensor,
@@ -111,7 +112,7 @@ def contiguous(*tensors: Tensor | None) -> list[Any]:
     return [None if x is None else x.contiguous() for x in tensors]
 
 
-@torch.library.custom_op("surgery::decay_attention_backward", mutates_args=())
+@operation("decay_attention_backward")
 def _backward(
     dy: Tensor,
     dS_after: Tensor | None,
@@ -141,7 +142,7 @@ def _backward(
     common = {**call.sizes, **call.flags, "NORMALIZE": normalize}
 
     grid, options, d, f = call.launch(GATE_GRADIENT if gate_gradient else PLAIN, columns, features)
-    chunks = triton.cdiv(tokens, options["C"])
+    chunks = cdiv(tokens, options["C"])
     kept = torch.float32 if q.dtype == torch.float32 else torch.bfloat16
     states = q.new_empty((batch, state_heads, chunks, columns, features) if gate_gradient else 0, dtype=kept)
     zs = mass.new_empty((batch, state_heads, chunks, features) if gate_gradient and normalize else 0)
@@ -149,7 +150,7 @@ def _backward(
     excess, factors = torch.empty_like(mass), scale / mass
     if normalize:
         rows = excess.numel()
-        excess_rows[(triton.cdiv(rows, 32),)](
+        excess_rows[(cdiv(rows, 32),)](
             dy, y, rest, excess, rows, WIDTH=columns, R=32, X=padded(columns), REST=rest.numel() > 0
         )
     query_sweep[grid](

@@ -10,7 +10,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import reference
+from .configs import cdiv
 from .decay import require_gpu
+from .operation import operation
 
 BLOCK = 1024
 EACH = 16
@@ -46,12 +48,12 @@ def difference_kernel(x_ptr, y_ptr, factor_ptr, dx_ptr, size, BLOCK: tl.constexp
     tl.store(dx_ptr + at, (tl.load(factor_ptr) * (x - y)).to(dx_ptr.dtype.element_ty), mask=at < size)
 
 
-@torch.library.custom_op("surgery::output_error", mutates_args=())
+@operation("output_error")
 def _forward(student: Tensor, teacher: Tensor) -> Tensor:
     """The mean squared difference and the teacher's variance: [2] fp32."""
     student, teacher = student.contiguous(), teacher.contiguous()
     size = teacher.numel()
-    programs = triton.cdiv(size, BLOCK * EACH)
+    programs = cdiv(size, BLOCK * EACH)
     sums = teacher.new_empty(programs, 3, dtype=torch.float32)
     sums_kernel[(programs,)](student, teacher, sums, size, BLOCK=BLOCK, EACH=EACH)
     squares, total, power = sums.sum(0, dtype=torch.float64)
@@ -63,12 +65,12 @@ def _(student, teacher):
     return teacher.new_empty(2, dtype=torch.float32)
 
 
-@torch.library.custom_op("surgery::output_error_backward", mutates_args=())
+@operation("output_error_backward")
 def _backward(factor: Tensor, student: Tensor, teacher: Tensor) -> Tensor:
     student, teacher = student.contiguous(), teacher.contiguous()
     gradient = torch.empty_like(student)
     size = teacher.numel()
-    difference_kernel[(triton.cdiv(size, BLOCK),)](student, teacher, factor, gradient, size, BLOCK=BLOCK)
+    difference_kernel[(cdiv(size, BLOCK),)](student, teacher, factor, gradient, size, BLOCK=BLOCK)
     return gradient
 
 

@@ -10,9 +10,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ..specs import LOG_MASS_BOUND, Features, LogMass
-from .configs import launch, narrowest, padded
+from .configs import cdiv, launch, narrowest, padded
 from .decay import INTERPRET
 from .mixed_tiles import power
+from .operation import operation
 from .tiles import LOG2_E, load_each, load_rows, store_each, store_rows
 
 BOUND = tl.constexpr(LOG_MASS_BOUND)
@@ -179,7 +180,7 @@ def _parts(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return high, (weight - high.to(weight.dtype)).to(dtype)
 
 
-@torch.library.custom_op("surgery::hedgehog", mutates_args=())
+@operation("hedgehog")
 def _forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, mass_weight: Tensor | None, mass_bias: Tensor | None, keys: bool
 ) -> tuple[Tensor, Tensor]:
@@ -187,7 +188,7 @@ def _forward(
     x = x.contiguous()
     phi, mass = _outputs(x, weight, mass_weight, keys)
     told = _told(x, weight, bias, mass_weight, keys)
-    grid = triton.cdiv(x.shape[1], told["C"]), weight.shape[0], x.shape[0]
+    grid = cdiv(x.shape[1], told["C"]), weight.shape[0], x.shape[0]
     map_rows[grid](
         x, *_parts(weight.contiguous(), x.dtype), bias, mass_weight, mass_bias, phi, mass, x.shape[1], **told
     )
@@ -206,7 +207,7 @@ def _outputs(x: Tensor, weight: Tensor, mass_weight: Tensor | None, keys: bool) 
     return phi, x.new_empty(rows if mass_weight is not None and not keys else (0,), dtype=torch.float32)
 
 
-@torch.library.custom_op("surgery::hedgehog_backward", mutates_args=())
+@operation("hedgehog_backward")
 def _backward(
     dphi: Tensor,
     dmass: Tensor | None,
@@ -221,9 +222,9 @@ def _backward(
     x, dphi, dmass = x.contiguous(), dphi.contiguous(), None if dmass is None else dmass.contiguous()
     told = _told(x, weight, bias, mass_weight, keys)
     (batch, tokens, heads, dim), maps = x.shape, weight.shape[0]
-    chunks = triton.cdiv(tokens, told["C"])
-    count = triton.cdiv(chunks * batch * maps, PROGRAMS)
-    parts = triton.cdiv(chunks, count)
+    chunks = cdiv(tokens, told["C"])
+    count = cdiv(chunks * batch * maps, PROGRAMS)
+    parts = cdiv(chunks, count)
     dx = (x if maps == heads else weight).new_empty(batch, tokens, maps, dim)
     dlogits = x.new_empty(batch, tokens, maps, weight.shape[2])
     dmass = weight.new_empty(batch, tokens, maps) if dmass is None and mass_weight is not None else dmass

@@ -5,15 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from ..specs import Window
-from .configs import padded
+from .configs import cdiv, padded
 from .mixed_backward import feature_gradients, key_gradients, query_gradients, sink_gradients
 from .mixed_call import Call
 from .mixed_forward import tile_outputs
 from .mixed_states import gather_sinks, key_increments, query_increments, scan_states, state_sweep
+from .operation import operation
 from .sweeps import excess_rows
 
 MOST_SINKS = 16
@@ -29,14 +29,14 @@ def key_states(call: Call, S: Tensor | None, z: Tensor | None) -> tuple[Tensor, 
     states = call.q.new_empty((batch, heads, call.states, f, d), dtype=call.operand)
     zs = call.q.new_empty((batch, heads, call.states, f), dtype=torch.float32)
     rows, columns = min(call.padded(f), 64), min(call.padded(d), 64)
-    slices = triton.cdiv(f, rows) * triton.cdiv(d, columns)
+    slices = cdiv(f, rows) * cdiv(d, columns)
     if slices * heads * batch >= FEW:
         state_sweep[(slices, heads, batch)](
             call.psi, call.v, call.start, S, z, states, zs, tokens, call.states,
             **call.told(state_sweep) | {"F": rows, "V": columns}, **call.launch("states"),
         )  # fmt: skip
         return states, zs
-    grid = call.states * triton.cdiv(f, call.rows), heads, batch
+    grid = call.states * cdiv(f, call.rows), heads, batch
     key_increments[grid](
         call.psi, call.v, call.start, states, zs, tokens, call.states, **call.told(key_increments) | {"F": call.rows},
         **call.launch("increments"),
@@ -54,7 +54,7 @@ def query_states(
     count = call.tiles
     states = call.q.new_empty((batch, heads, count, f, call.v.shape[3]), dtype=call.operand)
     zs = call.q.new_empty((batch, heads, count, f), dtype=torch.float32)
-    query_increments[(count * triton.cdiv(f, call.rows), heads, batch)](
+    query_increments[(count * cdiv(f, call.rows), heads, batch)](
         call.phi, dy, delta, factor, call.start, states, zs, tokens, count,
         **call.told(query_increments) | {"F": call.rows}, **call.launch("increments"),
     )  # fmt: skip
@@ -69,7 +69,7 @@ def tile_sinks(call: Call, x: Tensor, carried: Tensor | None) -> Tensor | None:
         return None
     width = x.shape[2] * x.shape[3]
     sinks = x.new_empty(x.shape[0], call.tiles, call.sinks, *x.shape[2:])
-    gather_sinks[(triton.cdiv(width, 256), call.tiles, x.shape[0])](
+    gather_sinks[(cdiv(width, 256), call.tiles, x.shape[0])](
         x, carried, call.start, sinks, x.shape[1], call.tiles, **call.told(gather_sinks), WIDTH=width, X=256
     )
     return sinks
@@ -100,15 +100,15 @@ def scan(call: Call, states: Tensor, first: Tensor | None, last: Tensor | None, 
     """Sums of [B, H_s, M, …] over M, in place."""
     batch, heads, count = states.shape[:3]
     size = states[0, 0, 0].numel()
-    block = min(1024, triton.next_power_of_2(size))
-    scan_states[(triton.cdiv(size, block), heads, batch)](
+    block = min(1024, padded(size, 1))
+    scan_states[(cdiv(size, block), heads, batch)](
         states, first, last, call.start, call.q.shape[1], count, steps, SIZE=size, C=call.geometry.chunk,
         BACK=call.geometry.back, X=block, REVERSE=reverse, START=call.start is not None, FIRST=first is not None,
         LAST=last is not None and call.carried,
     )  # fmt: skip
 
 
-@torch.library.custom_op("surgery::mixed_attention", mutates_args=())
+@operation("mixed_attention")
 def _forward(
     q: Tensor,
     k: Tensor,
@@ -160,7 +160,7 @@ def _contiguous(*tensors: Tensor | None) -> list[Any]:
     return [None if x is None else x.contiguous() for x in tensors]
 
 
-@torch.library.custom_op("surgery::mixed_attention_backward", mutates_args=())
+@operation("mixed_attention_backward")
 def _backward(
     dy: Tensor,
     q: Tensor,
@@ -192,7 +192,7 @@ def _backward(
     dq, dk, dv, dphi, dpsi, dmass, dS, dz, dsink_k, dsink_v = found
     delta = torch.empty_like(log_total)
     rows, width = delta.numel(), v.shape[3]
-    excess_rows[(triton.cdiv(rows, 32),)](dy, y, None, delta, rows, WIDTH=width, R=32, X=padded(width), REST=False)
+    excess_rows[(cdiv(rows, 32),)](dy, y, None, delta, rows, WIDTH=width, R=32, X=padded(width), REST=False)
     states, zs = key_states(call, S, z) if psi is not None else (None, None)
     k_sinks, v_sinks = tile_sinks(call, k, sink_k), tile_sinks(call, v, sink_v)
     query_gradients[call.grid(q.shape[2])](

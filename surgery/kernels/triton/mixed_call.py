@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
-from .configs import launch, narrowest, padded
+from .configs import cdiv, launch, narrowest, padded
 from .decay import INTERPRET
 
 
@@ -20,16 +20,17 @@ class Geometry(NamedTuple):
     back: int
     near: int
 
-    @classmethod
-    def of(cls, size: int, terraced: bool, aligned: bool, linear: bool, chunk: int) -> Geometry:
+    @staticmethod
+    @cache
+    def of(size: int, terraced: bool, aligned: bool, linear: bool, chunk: int) -> Geometry:
         """aligned: all documents start where chunks do."""
         if not terraced:
-            back, near = triton.cdiv(size - 1, chunk), size // chunk
+            back, near = cdiv(size - 1, chunk), size // chunk
         elif aligned and size % chunk == 0:
             back, near = 2 * size // chunk - 1, size // chunk + 1
         else:
-            back, near = triton.cdiv(2 * size - 1, chunk), (size + 1) // chunk
-        return cls(chunk, back, min(near, back + 1) if linear else back + 1)
+            back, near = cdiv(2 * size - 1, chunk), (size + 1) // chunk
+        return Geometry(chunk, back, min(near, back + 1) if linear else back + 1)
 
 
 class Call(NamedTuple):
@@ -70,7 +71,7 @@ class Call(NamedTuple):
     @property
     def tiles(self) -> int:
         """N: how many tiles of queries there are."""
-        return triton.cdiv(self.q.shape[1], self.geometry.chunk)
+        return cdiv(self.q.shape[1], self.geometry.chunk)
 
     @property
     def states(self) -> int:

@@ -6,16 +6,16 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from .. import chunked
 from ..chunked.tiles import real
 from ..chunked.transfer import ranks
 from ..specs import Features, Joint, LogMass, Window
-from .configs import narrowest, padded
+from .configs import cdiv, narrowest, padded
 from .decay import INTERPRET, WIDEST
 from .hybrid import covers, mapped
+from .operation import operation
 from .transfer_kernels import key_gradients, query_gradients, row_losses
 
 
@@ -81,7 +81,7 @@ class Call(NamedTuple):
         """Run a kernel over all tiles of rows of that many heads."""
         (batch, tokens, h, d), f = self.q.shape, self.phi.shape[3]
         rows, columns, warps, stages = self.tile(name)
-        kernel[heads, triton.cdiv(tokens, rows), batch](
+        kernel[heads, cdiv(tokens, rows), batch](
             self.q,
             self.k,
             self.phi,
@@ -114,7 +114,7 @@ class Call(NamedTuple):
         )
 
 
-@torch.library.custom_op("surgery::weight_cross_entropy", mutates_args=())
+@operation("weight_cross_entropy")
 def _forward(
     q: Tensor,
     k: Tensor,
@@ -148,7 +148,7 @@ def _rows(q: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return loss, share, log_sum, factor
 
 
-@torch.library.custom_op("surgery::weight_cross_entropy_backward", mutates_args=())
+@operation("weight_cross_entropy_backward")
 def _backward(
     dloss: Tensor,
     q: Tensor,
