@@ -99,8 +99,7 @@ class _Differentiated(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        pairs = zip(ctx.gradients, ctx.parameters, strict=True)
-        return None, None, *(_averaged(grad * gradient, parameter) for gradient, parameter in pairs)
+        return None, None, *_averaged([grad * gradient for gradient in ctx.gradients], ctx.parameters)
 
 
 def whole(tensor: Any) -> Tensor:
@@ -116,13 +115,21 @@ def placed(tensor: Tensor, like: Any) -> Tensor:
     return distribute_tensor(tensor, like.device_mesh, like.placements) if _is_shard(like) else tensor
 
 
-def _averaged(gradient: Tensor, parameter: Any) -> Tensor:
-    """This process's part of the mean over the processes, laid out like the parameter."""
-    from torch.distributed.tensor import DTensor, Partial
+def _averaged(gradients: list[Tensor], parameters: tuple[Any, ...]) -> list[Any]:
+    """This process's parts of the means over the processes, laid out like the parameters, by one sum of all."""
+    from torch.distributed import all_reduce
+    from torch.distributed.tensor import distribute_tensor
 
-    mesh = parameter.device_mesh
-    summands = (gradient / mesh.size()).to(parameter.dtype)  # gloo cannot average
-    return DTensor.from_local(summands, mesh, [Partial()] * mesh.ndim).redistribute(placements=parameter.placements)
+    mesh = parameters[0].device_mesh
+    sums = torch.cat([gradient.flatten().float() for gradient in gradients]) / mesh.size()  # gloo cannot average
+    for dim in range(mesh.ndim):
+        all_reduce(sums, group=mesh.get_group(dim))
+    parts = sums.split([gradient.numel() for gradient in gradients])
+    return [
+        # all have it, so nothing is sent
+        distribute_tensor(part.view(p.shape).to(p.dtype), mesh, p.placements, src_data_rank=None)
+        for part, p in zip(parts, parameters, strict=True)
+    ]
 
 
 def _is_shard(tensor: Tensor) -> bool:

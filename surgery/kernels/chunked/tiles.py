@@ -73,7 +73,10 @@ class Tiles:
         rows = rows if tokens >= rows else tokens
         positions = torch.arange(tokens, device=device)
         length = torch.full((1, 1), tokens, device=device) if lengths is None else lengths[:, None]
-        before = torch.as_tensor(carried, device=device).reshape(-1, 1).neg()
+        if isinstance(carried, Tensor):
+            before = carried.reshape(-1, 1).neg()
+        else:  # a copy of the number would wait for the device
+            before = torch.full((1, 1), -carried, device=device)
         if segments is None:
             start = before.expand(-1, tokens)
         else:

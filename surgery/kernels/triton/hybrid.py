@@ -26,10 +26,11 @@ class Row(NamedTuple):
     """The tokens of a call behind those that the carried ring kept.
 
     kept: how many those are. k, v, linear_k: [B, kept + T, H_kv, D]. sinks, start: as `mixed_attention` takes them.
+    tiles, ring: None where nobody needs them, as copies of all keys are not for free.
     """
 
-    tiles: Tiles
-    ring: Ring
+    tiles: Tiles | None
+    ring: Ring | None
     kept: int
     k: Tensor
     v: Tensor
@@ -48,14 +49,17 @@ class Row(NamedTuple):
         state: State | None,
         lengths: Tensor | None,
         segments: Tensor | None,
+        ends: bool,
     ) -> Row:
-        tiles = ring_tiles(q, window, state, lengths, segments)
-        ring = Ring.join(window, state, k, v, linear_k)
+        """ends: whether the state after the call is wanted."""
+        carried = state is not None
+        tiles = ring_tiles(q, window, state, lengths, segments) if ends or carried or segments is not None else None
+        ring = Ring.join(window, state, k, v, linear_k) if ends or carried else None
         batch, tokens = q.shape[:2]
-        if state is None:
-            start = None if segments is None else tiles.start[:, window.ring : window.ring + tokens]
-            kept, seen = 0, k if linear_k is None else linear_k
-        else:
+        kept, seen, start = 0, k if linear_k is None else linear_k, None
+        if tiles is not None and not carried and segments is not None:
+            start = tiles.start[:, window.ring : window.ring + tokens]
+        elif tiles is not None and ring is not None and carried:
             kept = window.ring
             start = tiles.start[:, : kept + tokens] + kept
             k, v = ring.ring["ring_k"], ring.ring["ring_v"]
@@ -76,15 +80,23 @@ class Row(NamedTuple):
         start = position.new_zeros(batch, tokens) if self.start is None else self.start
         return (start + (position - start) // size * size).to(torch.int32).contiguous()
 
-    def enters(self) -> Tensor:
+    def final_ring(self) -> State:
+        """What of the window the next call starts from."""
+        assert self.ring is not None
+        assert self.tiles is not None
+        return self.ring.state(self.tiles)
+
+    def enters(self, tiles: Tiles, sinks: int) -> Tensor:
         """[B or 1, kept + T]: the keys that have left the ring of the row's last document by its end, but for sinks."""
-        position = torch.arange(-self.kept, self.tiles.tokens, device=self.k.device)
-        first = self.tiles.end + self.ring.window.sinks
-        return (position >= first) & (position < self.tiles.length - self.tiles.ring)
+        position = torch.arange(-self.kept, tiles.tokens, device=self.k.device)
+        return (position >= tiles.end + sinks) & (position < tiles.length - tiles.ring)
 
     def final_sums(self, psi: Tensor, state: State | None) -> State:
         """S [B, H_s, F, D_v] and z [B, H_s, F] after the call, in fp32."""
-        kept, shares = self.enters()[..., None, None], psi.shape[2] // self.v.shape[2]
+        assert self.ring is not None
+        assert self.tiles is not None
+        kept = self.enters(self.tiles, self.ring.window.sinks)[..., None, None]
+        shares = psi.shape[2] // self.v.shape[2]
         S: Tensor | float = 0.0
         z: Tensor | float = 0.0
         if state is not None:
@@ -145,10 +157,10 @@ def window_attention(
             return_state=return_state,
         )  # fmt: skip
     q, k, v = real(lengths, q, k, v)
-    row = Row.of(q, k, v, None, window, state, lengths, segments)
+    row = Row.of(q, k, v, None, window, state, lengths, segments, return_state)
     start = row.block_starts(window.size) if block else row.start
     y = mixed_attention(row.behind(q), row.k, row.v, window, scale=scaling, softcap=softcap, **row.sinks, start=start)
-    return y[:, row.kept :], row.ring.state(row.tiles) if return_state else None
+    return y[:, row.kept :], row.final_ring() if return_state else None
 
 
 def hybrid_attention(
@@ -183,7 +195,7 @@ def hybrid_attention(
         )  # fmt: skip
     if linear_k is not None:
         (linear_k,) = real(lengths, linear_k)
-    row = Row.of(q, k, v, linear_k, window, state, lengths, segments)
+    row = Row.of(q, k, v, linear_k, window, state, lengths, segments, return_state)
     psi, _ = mapped(row.linear_k.to(q.dtype), features_k, mix, True)
     log_mass = log_factor = None
     if isinstance(mix, LogMass):
@@ -197,4 +209,4 @@ def hybrid_attention(
         log_factor=log_factor, S=S, z=z, **row.sinks, start=row.start,
     )  # fmt: skip
     y = y[:, row.kept :]
-    return y, row.final_sums(psi, state) | row.ring.state(row.tiles) if return_state else None
+    return y, row.final_sums(psi, state) | row.final_ring() if return_state else None
