@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar
 
@@ -19,6 +19,8 @@ R = TypeVar("R")
 BACKENDS = ("reference", "chunked", "triton")
 VARIABLE = "SURGERY_BACKEND"
 MISSING = "The backend 'triton' needs the package triton, which is not installed: pip install triton."
+
+NOTHING = nullcontext()
 
 HAS_TRITON = find_spec("triton") is not None
 
@@ -80,18 +82,23 @@ def lowered(dtype: torch.dtype, args: Any, kwargs: Any) -> tuple[Any, Any]:
 
 
 def _first(args: Any, kwargs: Any) -> torch.Tensor:
-    return next(x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor))
+    return args[0] if args else next(x for x in kwargs.values() if isinstance(x, torch.Tensor))
 
 
-def _chosen(args: Any, kwargs: Any) -> tuple[str, str, Any, Any]:
-    """The backend of a call, its device's type, and its arguments as autocast wants them."""
-    device = _first(args, kwargs).device.type
+def _chosen(args: Any, kwargs: Any) -> tuple[str, AbstractContextManager[Any], Any, Any]:
+    """The backend of a call, what to run it in, and its arguments as autocast wants them."""
+    context: AbstractContextManager[Any] = NOTHING
+    given = _first(args, kwargs)
+    device = given.device.type
     if torch.is_autocast_enabled(device):
         args, kwargs = lowered(torch.get_autocast_dtype(device), args, kwargs)
-    name = _forced or preferred(_first(args, kwargs))
+        given = _first(args, kwargs)
+        # autocast would turn the fp32 mathematics inside into 16-bit products
+        context = torch.autocast(device, enabled=False)
+    name = _forced or preferred(given)
     if name not in BACKENDS:
         raise ValueError(_unknown(name))
-    return name, device, args, kwargs
+    return name, context, args, kwargs
 
 
 class Op(Generic[P, R]):
@@ -120,10 +127,9 @@ class Op(Generic[P, R]):
         self.one_step = one_step
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        name, device, given, named = _chosen(args, kwargs)
+        name, context, given, named = _chosen(args, kwargs)
         run = getattr(self, name) or self.chunked
-        # autocast would turn the fp32 mathematics inside into 16-bit products
-        with torch.autocast(device, enabled=False):
+        with context:
             return run(*given, **named)
 
     @torch.no_grad()
@@ -133,11 +139,11 @@ class Op(Generic[P, R]):
         The tensors of `state` are written to, those of rows without a token (lengths 0) are left as they are.
         Returns y, without a gradient.
         """
-        name, device, given, named = _chosen(args, kwargs)
+        name, context, given, named = _chosen(args, kwargs)
         tokens = _first(given, named).shape[1]
         if tokens != 1:
             raise ValueError(f"{self.name}.step takes one token of each row, not {tokens}: call the operation instead.")
-        with torch.autocast(device, enabled=False):
+        with context:
             if name == "triton" and self.one_step is not None:
                 y = self.one_step(*given, state=state, **named)
                 if y is not None:

@@ -43,7 +43,7 @@ class FeatureMap(nn.Module):
 
         Parameters are touched in here alone, where the hooks of sharded and offloaded models provide them.
         """
-        return Features(self.name, scale=1 / maps.precise(self.temperature))
+        return Features(self.name, scale=maps.precise(self.temperature).reciprocal())
 
     def fold_temperature(self) -> None:
         """Move the temperature into the weights: the same map at temperature one.
@@ -105,7 +105,7 @@ class LearnedFeatureMap(FeatureMap):
                 self.bias.zero_()
 
     def forward(self) -> Features:
-        return Features(self.name, self.weight, self.bias, 1 / maps.precise(self.temperature))
+        return Features(self.name, self.weight, self.bias, maps.precise(self.temperature).reciprocal())
 
     def fold_temperature(self) -> None:
         """Move the temperature into the weights: the same map at temperature one."""

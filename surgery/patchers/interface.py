@@ -150,11 +150,11 @@ class Surgical:
 
     def surgery_context(self, q: Tensor, k: Tensor, v: Tensor, scaling: float, call: Call) -> AttentionContext:
         raw_q, raw_k = self._surgery_raw_qk()
-        batch, length = q.shape[0], q.shape[2]
+        batch, length, missing = q.shape[0], q.shape[2], q.shape[-1] - v.shape[-1]
         return AttentionContext(
             q=q.transpose(1, 2),
             k=k.transpose(1, 2),
-            v=nn.functional.pad(v, (0, q.shape[-1] - v.shape[-1])).transpose(1, 2),
+            v=(v if missing == 0 else nn.functional.pad(v, (0, missing))).transpose(1, 2),
             scaling=scaling,
             raw_q=raw_q,
             raw_k=raw_k,

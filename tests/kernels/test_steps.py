@@ -163,7 +163,10 @@ def test_sizes_beyond_one_tile():
 @in_kernels
 def test_a_delta_state_beyond_one_tile(monkeypatch):
     """What a key recalls is a sum over all tiles, before any of them is written."""
-    monkeypatch.setattr("surgery.kernels.triton.steps.TILE", 64)
+    from surgery.kernels.triton import steps
+
+    monkeypatch.setattr(steps, "TILE", 512)
+    monkeypatch.setattr(steps, "_options", steps._options.__wrapped__)  # of this tile
     call = Call.of("delta-per-head", Shape(3, 2, 1, 40, batch=1), torch.float32)
     assert error(call, "kernel", 1, 2, padded=False) < 1e-5
 
@@ -215,7 +218,20 @@ def test_is_an_operation_torch_knows(form, monkeypatch):
     real = module._step
     monkeypatch.setattr(module, "_step", lambda *arguments: calls.append(arguments) or real(*arguments))
     step(call, call.span(0, 4).run()[1], 4, "triton")
-    torch.library.opcheck(real, calls[0])
+    changed, *arguments = calls[0]
+    assert all(any(x is y for y in arguments) for x in changed)
+    torch.library.opcheck(real.op, tuple(arguments))
+
+
+@in_kernels
+def test_what_backward_needs_is_not_changed_unseen():
+    """As of any operation in place: a gradient through a state that a step has changed since is refused."""
+    call = Call.of("gated-per-head", Shape(5, batch=1), torch.float32)
+    state = call.span(0, 4).run()[1]
+    y = (torch.ones_like(state["S"], requires_grad=True) * state["S"]).sum()
+    step(call, state, 4, "triton")
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
 
 
 @in_kernels

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
+import forks
 import numpy as np
 import pytest
 import torch
@@ -15,33 +15,12 @@ from safetensors.torch import load_file
 import surgery
 from surgery.training.blockwise import Block, States, combined, layers_of, spans_of
 from surgery.training.convert import Options, convert
-from surgery.training.processes import start
 
 STAGE = {
     "kind": "attention_transfer", "batch_size": 2, "accumulate": 2, "sequence_length": 16, "tokens": 2 * 2 * 16 * 7,
     "loss": {"normalized_mse": 1, "projected_l2": 1}, "lr": 1e-2, "schedule": {"kind": "cosine", "warmup": 2},
 }  # fmt: skip
 RECIPE = {"mixer": {"kind": "linear", "window": {"size": 4}, "mix": {"kind": "logmass"}}, "stages": [STAGE]}
-COMMAND = """
-import os, signal, sys
-import torch
-torch.set_num_threads(1)
-import surgery
-from surgery.training.convert import Options, convert
-from surgery.training.watch import Checkpoints
-
-model, recipe, data, out, dies = sys.argv[1:]
-before = Checkpoints.after_step
-
-def after_step(self, trainer, module, step):
-    before(self, trainer, module, step)
-    if "block-" + dies in str(self.path) and step == 5:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-Checkpoints.after_step = after_step
-recipe = surgery.load_recipe(recipe).override({"stages.0.blockwise": 1})
-convert(model, recipe, [data], out, options=Options(save_every=2, devices=2, accelerator="cpu"))
-"""
 
 
 @pytest.fixture(scope="module")
@@ -85,10 +64,16 @@ def test_blocks_are_all_layers_together(size, inputs, joint, tmp_path):
 
 
 def test_two_processes_that_die_and_go_on(inputs, joint, tmp_path):
-    command = [sys.executable, "-c", COMMAND, *inputs, str(tmp_path / "out")]
+    model, recipe, text = inputs
+    chosen = surgery.load_recipe(recipe).override({"stages.0.blockwise": 1})
+    options = Options(save_every=2, devices=2, accelerator="cpu")
     for dies in "12":
+        act = forks.killed_once(
+            lambda checkpoints, _, step, dies=dies: step == 5 and f"block-{dies}" in str(checkpoints.path),
+            lambda: convert(model, chosen, [text], tmp_path / "out", options=options),
+        )
         with pytest.raises(surgery.SurgeryError, match="was ended by SIGKILL"):
-            start([*command, dies], 2)
+            forks.start(act, 2)
         assert (tmp_path / "out.run" / f"stage-0.block-{dies}.ckpt").exists()
         waiting = list((tmp_path / "out.run" / "stage-0.states" / "1").glob("[0-9]*"))
         assert len(waiting) <= 2 * 2 + 2

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
+import forks
 import numpy as np
 import pytest
 import torch
@@ -18,6 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import surgery
+from surgery.training import calibrate
 from surgery.training.convert import Options, convert
 
 STAGE = {"batch_size": 2, "accumulate": 2, "sequence_length": 16}
@@ -45,18 +45,6 @@ RECIPE = {
         },
     ],
 }
-COMMAND = """
-import sys, time, torch
-torch.set_num_threads(1)
-import surgery
-from surgery.training.convert import Options, convert
-import surgery.training.watch as watch
-
-# slow enough to be killed between two checkpoints
-after = watch.Checkpoints.after_step
-watch.Checkpoints.after_step = lambda *args: (after(*args), time.sleep(float(sys.argv[5])))
-convert(sys.argv[1], surgery.load_recipe(sys.argv[2]), [sys.argv[3]], sys.argv[4], options=Options(save_every=2))
-"""
 
 
 @pytest.fixture(scope="module")
@@ -69,49 +57,33 @@ def inputs(tmp_path_factory) -> Path:
     return folder
 
 
-def start(inputs: Path, out: Path, pause: float) -> subprocess.Popen:
-    arguments = [str(inputs / "model"), str(inputs / "recipe.yaml"), str(inputs / "text.npy"), str(out), str(pause)]
-    return subprocess.Popen(
-        [sys.executable, "-c", COMMAND, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
-
-
-def finish(process: subprocess.Popen) -> None:
-    assert process.wait(timeout=300) == 0, process.stderr.read()
-
-
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
+
+
+def run(inputs: Path, out: Path) -> None:
+    recipe = surgery.load_recipe(inputs / "recipe.yaml")
+    convert(inputs / "model", recipe, [inputs / "text.npy"], out, options=Options(save_every=2))
 
 
 @pytest.fixture(scope="module")
 def whole(inputs, tmp_path_factory) -> Path:
     """The result of a run that nothing interrupted."""
     out = tmp_path_factory.mktemp("whole") / "out"
-    convert(
-        inputs / "model",
-        surgery.load_recipe(inputs / "recipe.yaml"),
-        [inputs / "text.npy"],
-        out,
-        options=Options(save_every=2),
-    )
+    run(inputs, out)
     return out
 
 
 def test_killed_in_every_stage_it_ends_with_the_same_weights(inputs, whole, tmp_path):
     out = tmp_path / "out"
-    for stage in (0, 1):
-        process, checkpoint = start(inputs, out, 0.2), tmp_path / "out.run" / f"stage-{stage}.ckpt"
-        until = time.monotonic() + 120
-        while not checkpoint.exists() and process.poll() is None and time.monotonic() < until:
-            time.sleep(0.02)
-        time.sleep(0.5)  # into the steps after it
-        assert process.poll() is None, process.stderr.read()
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        assert checkpoint.exists()
-        assert not out.exists()
-    finish(start(inputs, out, 0.0))
+    for kind in ("attention_transfer", "lora"):
+        # between two checkpoints
+        act = forks.killed_once(
+            lambda _, module, step, kind=kind: module.stage.kind == kind and step == 5, lambda: run(inputs, out)
+        )
+        assert forks.Fork(act).wait() == -signal.SIGKILL
+        assert (tmp_path / "out.run").is_dir() and not out.exists()
+    assert forks.Fork(lambda: run(inputs, out)).wait() == 0
     found, expected = weights(out), weights(whole)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
@@ -129,25 +101,18 @@ CALIBRATED = {
         {"kind": "attention_transfer", **STAGE, "tokens": 2 * 2 * 16 * 3, "lr": 1e-9},
     ],
 }
-DIES = """
-import os, signal, sys, torch
-torch.set_num_threads(1)
-import surgery
-from surgery.training import calibrate, convert
-
-run = calibrate.calibrate
-calibrate.calibrate = lambda *args, **kwargs: (run(*args, **kwargs), os.kill(os.getpid(), signal.SIGKILL))
-convert.convert(sys.argv[1], surgery.load_recipe(sys.argv[2]), [sys.argv[3]], sys.argv[4])
-"""
 
 
 def test_killed_while_it_calibrates_it_ends_with_the_same_weights(inputs, tmp_path):
-    (tmp_path / "recipe.yaml").write_text(json.dumps(CALIBRATED))
-    paths = [inputs / "model", tmp_path / "recipe.yaml", inputs / "text.npy", tmp_path / "killed"]
-    process = subprocess.run([sys.executable, "-c", DIES, *map(str, paths)], capture_output=True, text=True)
-    assert process.returncode == -signal.SIGKILL, process.stderr
+    recipe, said = surgery.load_recipe(CALIBRATED), []
+
+    def act() -> None:
+        run = calibrate.calibrate
+        calibrate.calibrate = lambda *args, **kwargs: (run(*args, **kwargs), os.kill(os.getpid(), signal.SIGKILL))
+        convert(inputs / "model", recipe, [inputs / "text.npy"], tmp_path / "killed")
+
+    assert forks.Fork(act).wait() == -signal.SIGKILL
     assert (tmp_path / "killed.run").is_dir()
-    recipe, said = surgery.load_recipe(tmp_path / "recipe.yaml"), []
     for name in ("killed", "whole"):
         convert(inputs / "model", recipe, [inputs / "text.npy"], tmp_path / name, say=said.append)
     found, expected = weights(tmp_path / "killed"), weights(tmp_path / "whole")

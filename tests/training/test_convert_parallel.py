@@ -6,6 +6,7 @@ import json
 import sys
 from pathlib import Path
 
+import forks
 import numpy as np
 import pytest
 import torch
@@ -43,26 +44,6 @@ RECIPE = {
         },
     ],
 }
-COMMAND = """
-import os, signal, sys
-import torch
-torch.set_num_threads(1)
-import surgery
-from surgery.training.convert import Options, convert
-from surgery.training.watch import Checkpoints
-
-model, recipe, data, out, strategy, dies = sys.argv[1:]
-before = Checkpoints.after_step
-
-def after_step(self, trainer, module, step):
-    before(self, trainer, module, step)
-    if trainer.global_rank == 1 and module.stage.kind == dies and step == 3:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-Checkpoints.after_step = after_step
-options = Options(save_every=2, devices=2, strategy=strategy, accelerator="cpu")
-convert(model, surgery.load_recipe(recipe), [data], out, options=options)
-"""
 
 
 @pytest.fixture(scope="module")
@@ -84,9 +65,15 @@ def run(inputs: list[str], out: Path) -> dict[str, torch.Tensor]:
 
 def test_two_devices_that_die_and_one_that_goes_on_are_one(inputs, tmp_path, capfd):
     expected, out = run(inputs, tmp_path / "whole"), tmp_path / "out"
+    model, recipe, text = inputs
     for index, (strategy, dies) in enumerate((("ddp", "attention_transfer"), ("fsdp", "lora"))):
+        options = Options(save_every=2, devices=2, strategy=strategy, accelerator="cpu")
+        act = forks.killed_once(
+            lambda _, module, step, dies=dies: module.global_rank == 1 and module.stage.kind == dies and step == 3,
+            lambda options=options: convert(model, surgery.load_recipe(recipe), [text], out, options=options),
+        )
         with pytest.raises(surgery.SurgeryError, match="^process 1 of 2 was ended by SIGKILL, so all were stopped: "):
-            start([sys.executable, "-c", COMMAND, *inputs, str(out), strategy, dies], 2)
+            forks.start(act, 2)
         assert "Traceback" not in capfd.readouterr().err
         assert (tmp_path / "out.run" / f"stage-{index}.ckpt").exists() and not out.exists()
     found = run(inputs, out)

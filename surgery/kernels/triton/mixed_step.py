@@ -7,7 +7,9 @@ the ring, and counts it. Everything else that is written belongs to the program 
 
 from __future__ import annotations
 
-import torch
+import functools
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -17,7 +19,7 @@ from .configs import padded
 from .hedgehog import bounded
 from .mixed_tiles import LARGEST, NEVER, logarithm, power, scored
 from .step_tiles import features, load_floats, logits, products, query_features, step_state, step_sum, weighted
-from .steps import TILE, Map, covered, mapped, rows, single, warps, writable
+from .steps import TILE, Given, InPlace, Map, covered, mapped, rows, single, warps, writable
 
 TICKET = tl.constexpr(1 << 32)
 COPIED = tl.constexpr(1024)
@@ -231,11 +233,7 @@ def mixed_kernel(
         tl.store(seen_ptr + b, rank.to(tl.int64) + 1)
 
 
-@torch.library.custom_op(
-    "surgery::mixed_step",
-    mutates_args=("ring_k", "ring_v", "ring_linear_k", "sink_k", "sink_v", "seen", "S", "z"),
-)
-def _step(
+def _launch(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -275,31 +273,51 @@ def _step(
     mix = [None if x is None else x.contiguous() for x in (
         factor, mass_weight_q, mass_bias_q, mass_weight_k, mass_bias_k)]  # fmt: skip
     batch, _, heads, dim = q.shape
-    columns, ring, sinks = v.shape[3], ring_k.shape[1], 0 if sink_k is None else sink_k.shape[1]
     state_heads = k.shape[2] if S is None else S.shape[1]
-    width, halves = maps_k.sizes(k)
-    f, d, x = padded(width), padded(dim), padded(columns)
-    # features of keys, which only terraced windows need, take as much room again
-    more = S is not None and terraced
-    w = max(16, min(triton.next_power_of_2(ring), 32 if more else 128, TILE // (4 if more else 2) // max(d, x, f)))
-    y = q.new_empty(batch, 1, heads, columns)
+    y = q.new_empty(batch, 1, heads, v.shape[3])
+    options = _options(
+        (heads, k.shape[2], state_heads), (dim, v.shape[3], maps_k.sizes(k)),
+        (ring_k.shape[1], size, 0 if sink_k is None else sink_k.shape[1], terraced), maps_q.given, maps_k.given,
+        LINEAR=S is not None, JOINT=factor is not None, RAW=ring_linear_k is not None, CAP=cap > 0,
+        LENGTHS=lengths is not None,
+    )  # fmt: skip
     mixed_kernel[state_heads, batch](
         q, k, v, linear_q, linear_k, *maps_q.pointers, *maps_k.pointers, *mix, lengths, ring_k, ring_v,
         ring_k if ring_linear_k is None else ring_linear_k, sink_k, sink_v, seen, S, z, y, q_row, k_row, v_row,
-        linear_q_row, linear_k_row, scaling, cap, H=heads, H_KV=k.shape[2], H_S=state_heads, D_WIDTH=dim,
-        V_WIDTH=columns, WIDTH=width, R=ring, SIZE=size, SINKS=sinks, TERRACED=terraced,
-        ROWS=triton.next_power_of_2(heads // state_heads), D=d, V=x, D_BLOCK=rows(dim, f), K_BLOCK=min(d, 32), F=f,
-        N=min(f, TILE // x), W=w, SINK_ROWS=triton.next_power_of_2(max(1, sinks)), HALVES=halves,
-        LINEAR=S is not None, JOINT=factor is not None, RAW=ring_linear_k is not None, CAP=cap > 0,
-        LENGTHS=lengths is not None,
-        **maps_q.told("Q"), **maps_k.told("K"), num_warps=8 if more else warps(max(w, 0 if S is None else f) * x),
+        linear_q_row, linear_k_row, scaling, cap, **options,
     )  # fmt: skip
     return y
 
 
-@_step.register_fake
-def _(q, k, v, *rest):
-    return q.new_empty(*q.shape[:3], v.shape[3])
+@functools.cache
+def _options(
+    heads: tuple[int, int, int],
+    widths: tuple[int, int, tuple[int, int]],
+    window: tuple[int, int, int, bool],
+    map_q: Given,
+    map_k: Given,
+    **flags: bool,
+) -> dict[str, Any]:
+    """Constants of a launch.
+
+    heads: of queries, keys and the state. widths: of keys, of values, and of one half of their features, and halves.
+    window: slots of the ring, size, sinks, and whether it is terraced.
+    """
+    (h, h_kv, h_s), (dim, columns, (width, halves)), (ring, size, sinks, terraced) = heads, widths, window
+    f, d, x = padded(width), padded(dim), padded(columns)
+    # features of keys, which only terraced windows need, take as much room again
+    more = flags["LINEAR"] and terraced
+    w = max(16, min(padded(ring, 1), 32 if more else 128, TILE // (4 if more else 2) // max(d, x, f)))
+    return dict(
+        H=h, H_KV=h_kv, H_S=h_s, D_WIDTH=dim, V_WIDTH=columns, WIDTH=width, R=ring, SIZE=size, SINKS=sinks,
+        TERRACED=terraced, ROWS=padded(h // h_s, 1), D=d, V=x, D_BLOCK=rows(dim, f), K_BLOCK=min(d, 32), F=f,
+        N=min(f, TILE // x), W=w, SINK_ROWS=padded(sinks, 1), HALVES=halves, **flags, **map_q.told("Q"),
+        **map_k.told("K"), num_warps=8 if more else warps(max(w, f if flags["LINEAR"] else 0) * x),
+    )  # fmt: skip
+
+
+CHANGED = ("ring_k", "ring_v", "ring_linear_k", "sink_k", "sink_v", "seen", "S", "z")
+_step = InPlace("mixed_step", _launch, CHANGED)
 
 
 def window_attention_step(
@@ -358,10 +376,9 @@ def _mixed(
     lengths: Tensor | None,
 ) -> Tensor | None:
     """The step by the kernel, None if it does not cover it."""
-    names = ["ring_k", "ring_v", "ring_linear_k", "sink_k", "sink_v", "seen", "S", "z"]
     left = {"ring_linear_k"} if linear_k is None else set()
     left |= {"S", "z"} if mix is None else set()
-    kept = [None if name in left else state.get(name) for name in names]
+    kept = [None if name in left else state.get(name) for name in CHANGED]
     if not window.size or window.layout == "block" or state["ring_k"].shape[1] != window.ring or not writable(*kept):
         return None
     if not covered(q, k, v, linear_q, linear_k, *kept[:5], kept[6]):
@@ -372,6 +389,6 @@ def _mixed(
     if mix is not None:
         numbers = (mix.factor, None, None, None, None) if isinstance(mix, Joint) else (None, *mix)
     return _step(
-        q, k, v, linear_q, linear_k, *map_q, *map_k, *numbers, lengths, *kept, name_q, name_k, window.size,
+        kept, q, k, v, linear_q, linear_k, *map_q, *map_k, *numbers, lengths, *kept, name_q, name_k, window.size,
         window.layout == "terraced", float(scaling), 0.0 if softcap is None else float(softcap),
     )  # fmt: skip

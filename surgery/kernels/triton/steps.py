@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -43,10 +45,22 @@ class Map(NamedTuple):
     def pointers(self) -> tuple[Tensor | None, ...]:
         return tuple(None if x is None else x.contiguous() for x in self[:3])
 
+    @property
+    def given(self) -> Given:
+        return Given(self.name, self.weight is not None, self.bias is not None, self.scale is not None)
+
+
+class Given(NamedTuple):
+    """A feature map, and which tensors it has."""
+
+    name: str
+    weight: bool
+    bias: bool
+    scale: bool
+
     def told(self, kind: str) -> dict[str, Any]:
         """What a kernel is told of the map of its queries (kind Q) or keys (K)."""
-        given = zip(("WEIGHT", "BIAS", "SCALE"), self[:3], strict=True)
-        return {f"MAP_{kind}": self.name} | {f"{name}_{kind}": x is not None for name, x in given}
+        return {f"{name}_{kind}": x for name, x in zip(("MAP", "WEIGHT", "BIAS", "SCALE"), self, strict=True)}
 
 
 def covered(*tensors: Tensor | None) -> bool:
@@ -90,6 +104,25 @@ def rows(dim: int, features: int) -> int:
 def warps(elements: int) -> int:
     """Of a program whose largest tile has so many elements."""
     return 8 if elements > 4096 else 4
+
+
+class InPlace:
+    """A launch that writes into some of its arguments, and returns what has the shape of its first with the width of
+    its third: an operation to torch.compile, which must know what is written. Otherwise a plain call, as dispatching an
+    operation of so many arguments takes longer than most kernels of a step."""
+
+    def __init__(self, name: str, launch: Callable[..., Tensor], changes: Sequence[str]) -> None:
+        self.launch = launch
+        self.op = torch.library.custom_op(f"surgery::{name}", launch, mutates_args=changes)
+        self.op.register_fake(lambda q, k, v, *rest: q.new_empty(*q.shape[:3], v.shape[3]))
+
+    def __call__(self, changed: Iterable[Tensor | None], *args: Any) -> Tensor:
+        """changed: what it writes into, among the arguments."""
+        if torch.compiler.is_compiling():
+            return self.op(*args)
+        y = self.launch(*args)
+        torch.autograd.graph.increment_version([x for x in changed if x is not None])
+        return y
 
 
 @triton.jit
@@ -161,8 +194,7 @@ def linear_kernel(
     tl.store(y_ptr, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
-@torch.library.custom_op("surgery::linear_step", mutates_args=("S", "z"))
-def _step(
+def _launch(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -188,48 +220,51 @@ def _step(
     beta, beta_row = (None, 0) if beta is None else single(beta)
     maps_q, maps_k = Map(weight_q, bias_q, scale_q, map_q), Map(weight_k, bias_k, scale_k, map_k)
     batch, _, heads, dim = q.shape
-    state_heads, columns, (width, halves) = S.shape[1], v.shape[3], maps_k.sizes(k)
-    f, x = padded(width), padded(columns)
-    # few programs share the columns of a state, unless each column needs all of z
-    while z is None and x > 16 and batch * state_heads * triton.cdiv(columns, x) < FEW:
-        x //= 2
+    state_heads, columns = S.shape[1], v.shape[3]
     y = q.new_empty(batch, 1, heads, columns)
-    linear_kernel[triton.cdiv(columns, x), state_heads, batch](
-        q, k, v, gate, beta, *maps_q.pointers, *maps_k.pointers, lengths, S, z, y, q_row, k_row, v_row, gate_row,
-        beta_row, scale, eps,
-        H=heads, H_KV=v.shape[2], H_S=state_heads, H_GATE=1 if gate is None else gate.shape[2],
-        H_BETA=1 if beta is None else beta.shape[2], D_WIDTH=dim, V_WIDTH=columns, WIDTH=width,
-        GATE_WIDTH=1 if gate is None else gate.shape[3], ROWS=triton.next_power_of_2(heads // state_heads),
-        D=rows(dim, f), F=f, N=min(f, TILE // x), X=x, HALVES=halves, GATE=gate is not None, DELTA=beta is not None,
+    options = _options(
+        batch, (heads, v.shape[2], state_heads), (dim, columns, maps_k.sizes(k)),
+        None if gate is None else gate.shape[2:], None if beta is None else beta.shape[2], maps_q.given, maps_k.given,
         UNIT=unit, NORMALIZE=z is not None, LENGTHS=lengths is not None,
-        **maps_q.told("Q"), **maps_k.told("K"), num_warps=warps(f * x),
+    )  # fmt: skip
+    linear_kernel[-(-columns // options["X"]), state_heads, batch](
+        q, k, v, gate, beta, *maps_q.pointers, *maps_k.pointers, lengths, S, z, y, q_row, k_row, v_row, gate_row,
+        beta_row, scale, eps, **options,
     )  # fmt: skip
     return y
 
 
-@_step.register_fake
-def _(
-    q,
-    k,
-    v,
-    log_gate,
-    beta,
-    weight_q,
-    bias_q,
-    scale_q,
-    weight_k,
-    bias_k,
-    scale_k,
-    lengths,
-    S,
-    z,
-    map_q,
-    map_k,
-    unit,
-    scale,
-    eps,
-):
-    return q.new_empty(*q.shape[:3], v.shape[3])
+@functools.cache
+def _options(
+    batch: int,
+    heads: tuple[int, int, int],
+    widths: tuple[int, int, tuple[int, int]],
+    gate: tuple[int, int] | None,
+    beta: int | None,
+    map_q: Given,
+    map_k: Given,
+    **flags: bool,
+) -> dict[str, Any]:
+    """Constants of a launch.
+
+    heads: of queries, values and the state. widths: of keys, of values, and of one half of their features, and halves.
+    gate: its heads and width. beta: its heads.
+    """
+    (h, h_kv, h_s), (dim, columns, (width, halves)) = heads, widths
+    f, x = padded(width), padded(columns)
+    # few programs share the columns of a state, unless each column needs all of z
+    while not flags["NORMALIZE"] and x > 16 and batch * h_s * -(-columns // x) < FEW:
+        x //= 2
+    gate_heads, gate_width = gate or (1, 1)
+    return dict(
+        H=h, H_KV=h_kv, H_S=h_s, H_GATE=gate_heads, H_BETA=beta or 1, D_WIDTH=dim, V_WIDTH=columns, WIDTH=width,
+        GATE_WIDTH=gate_width, ROWS=padded(h // h_s, 1), D=rows(dim, f), F=f, N=min(f, TILE // x), X=x, HALVES=halves,
+        GATE=gate is not None, DELTA=beta is not None, **flags, **map_q.told("Q"), **map_k.told("K"),
+        num_warps=warps(f * x),
+    )  # fmt: skip
+
+
+_step = InPlace("linear_step", _launch, ("S", "z"))
 
 
 def linear_attention_step(
@@ -305,4 +340,21 @@ def _linear(
     if not fits or not writable(S, z):
         return None
     (*map_q, name_q), (*map_k, name_k) = Map.of(features_q), Map.of(features_k)
-    return _step(q, k, v, gate, beta, *map_q, *map_k, lengths, S, z, name_q, name_k, unit, float(scale), float(eps))
+    return _step(
+        (S, z),
+        q,
+        k,
+        v,
+        gate,
+        beta,
+        *map_q,
+        *map_k,
+        lengths,
+        S,
+        z,
+        name_q,
+        name_k,
+        unit,
+        float(scale),
+        float(eps),
+    )
