@@ -13,10 +13,9 @@ from torch.nn import functional
 from .. import chunked
 from .. import features as maps
 from ..chunked.tiles import real
-from ..dispatch import forced
 from ..specs import Features, State
 from .channel import channel_attention
-from .decay import INTERPRET, WIDEST, decay_attention, require_gpu
+from .decay import WIDEST, decay_attention, require_gpu
 from .delta import delta_rule
 from .error import output_error
 from .hybrid import hybrid_attention, window_attention
@@ -212,8 +211,6 @@ def _attention(
     if q.dtype.itemsize > 4 or v.shape[-1] > WIDEST:
         return None
     require_gpu(q)
-    if gate is not None and gate.ndim == 4 and not (INTERPRET or forced()):
-        return None  # these kernels ran on a GPU in an earlier form only: by default plain torch, until they have again
     q, k, v = real(lengths, q, k, v)
     phi_q, phi_k = _mapped(features_q, q), _mapped(features_k, k).to(q.dtype)
     if phi_k.shape[-1] > WIDEST:
