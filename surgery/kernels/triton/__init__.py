@@ -20,6 +20,7 @@ from .delta import delta_rule
 from .error import output_error
 from .hybrid import hybrid_attention, window_attention
 from .mixed_step import hybrid_attention_step, window_attention_step
+from .slots import slot_attention
 from .steps import covered, delta_attention_step, gated_linear_attention_step, linear_attention_step
 from .transfer import attention_cross_entropy
 
@@ -32,11 +33,13 @@ __all__ = [
     "delta_rule",
     "gated_linear_attention",
     "gated_linear_attention_step",
+    "gated_slot_attention",
     "hybrid_attention",
     "hybrid_attention_step",
     "linear_attention",
     "linear_attention_step",
     "output_error",
+    "slot_attention",
     "window_attention",
     "window_attention_step",
 ]
@@ -129,6 +132,31 @@ def delta_attention(
     return _delta(q, k, v, beta, log_gate, features_q, features_k, return_state, **given) or chunked.delta_attention(
         q, k, v, beta, log_gate, features_q=features_q, features_k=features_k, return_state=return_state, **given
     )
+
+
+def gated_slot_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_gate: Tensor,
+    *,
+    scaling: float,
+    state: State | None = None,
+    lengths: Tensor | None = None,
+    segments: Tensor | None = None,
+    return_state: bool = False,
+) -> tuple[Tensor, State | None]:
+    """See the reference."""
+    given: dict[str, Any] = {"state": state, "lengths": lengths, "segments": segments, "return_state": return_state}
+    if not covered(q, v, log_gate):
+        return chunked.gated_slot_attention(q, k, v, log_gate, scaling=scaling, **given)
+    # padding leaves the state as it is
+    q, k, v, gate = real(lengths, q, k.to(q.dtype), v.to(q.dtype), log_gate)
+    before = {} if state is None else {"S_k": state["slot_k"], "S_v": state["slot_v"]}
+    y, K, V = slot_attention(
+        q, k, v, log_gate=gate, scale=scaling, documents=_documents(segments, lengths), **before
+    )  # fmt: skip
+    return y, {"slot_k": K, "slot_v": V} if return_state else None
 
 
 def _delta(

@@ -174,8 +174,10 @@ def _backward(
     scale: float,
     normalize: bool,
     gate_gradient: bool,
+    whole_queries: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, log_gate, S and z; empty where there is nothing to take one of."""
+    """Gradients of q, k, v, log_gate, S and z; empty where there is nothing to take one of. whole_queries: that of q in
+    fp32, rather than in q's dtype."""
     dy, dS_after, dz_after, q, k, v, log_gate, documents = contiguous(
         dy, dS_after, dz_after, q, k, v, log_gate, documents
     )
@@ -184,6 +186,7 @@ def _backward(
     batch, tokens, _, features = q.shape
     state_heads, columns = k.shape[2], v.shape[3]
     dq, dk, dv, dlog_gate, dS, dz = gradients(q, k, v, log_gate, S, z, gate_gradient)
+    dq = torch.empty_like(dq, dtype=torch.float32) if whole_queries else dq
     dstates, dzs = torch.empty_like(states), torch.empty_like(zs)
     inverse, excess = 1 / mass, torch.empty_like(mass)
     if normalize:
@@ -228,9 +231,10 @@ def _backward(
 @_backward.register_fake
 def _(
     dy, dS_after, dz_after, q, k, v, log_gate, S, z, documents, y, mass, rest, q_made, k_made, factors, near, states,
-    zs, scale, normalize, gate_gradient,
+    zs, scale, normalize, gate_gradient, whole_queries=False,
 ):  # fmt: skip
-    return gradients(q, k, v, log_gate, S, z, gate_gradient)
+    dq, *others = gradients(q, k, v, log_gate, S, z, gate_gradient)
+    return dq.float() if whole_queries else dq, *others
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
