@@ -55,7 +55,7 @@ ALLOWED: dict[str, tuple[int, str]] = {
     # of gated and linear attention and the delta rule; those of y and dv hold for all kinds of gates
     # normalised ones keep what rounding takes, which is most of it
     "y": (2500, UNTUNED), "dq": (1300, UNTUNED), "dk": (1600, FASTEST), "dv": (2000, UNTUNED), "dqk": (600, UNTUNED),
-    "fused y": (300, UNTUNED), "dS": (100, UNTUNED),
+    "logits": (600, UNTUNED), "fused y": (300, UNTUNED), "dS": (100, UNTUNED),
     "far y": (10**6, RARE), "far dqk": (10**6, RARE), "far dv": (10**6, RARE), "far logits": (10**6, RARE),
     # of windows and hybrids
     "tile_outputs": (100, FASTEST), "query_gradients": (1100, FASTEST), "feature_gradients": (500, FASTEST),
@@ -149,7 +149,7 @@ def slot_variants(slots: int, columns: int, groups: int) -> Iterator[Variant]:
     sizes = {"q": (8 * groups, slots), "k": (8, slots), "v": (8, columns)}
     q, k, v = (torch.empty(1, 64, *sizes[n], dtype=torch.bfloat16, device="meta") for n in "qkv")
     call = Call(q, k, v, k, torch.empty(1, 64, dtype=torch.int32, device="meta"), False)
-    tile = channel_configs.tile(channel_configs.SWEEP, columns, slots, 16)
+    tile = channel_configs.tile(channel_configs.LOGITS, columns, slots, 16)
     widths = {"D_WIDTH": columns, "M_WIDTH": slots, "D": tile.channels, "M": tile.columns}
     for name, kernel in (("logits", slot_kernels.logit_sweep), ("far logits", slot_kernels.far_logits)):
         told = call.told(kernel, tile, CARRIED=True, INTERPRET=False, **widths)
@@ -249,7 +249,7 @@ def main(arguments: list[str] | None = None) -> int:
                                 for v in found(features, dim, group, gate, normalize):
                                     line, wrong = judge(compiled(v, arch, dtype), arch, v.sweep)
                                     c = v.constants
-                                    cut = c.get("X", c.get("D" if v.sweep == "y" else "F"))
+                                    cut = c.get("X", c.get("M", c.get("D" if v.sweep == "y" else "F")))
                                     head = f"{arch}  {dtype:5} {features:4} {dim:4} {group:5} {gate:4} {normalize:4}"
                                     head += f" {v.sweep:>5} {c['C']:5} {cut:4} {v.options['num_warps']:5}"
                                     print(head, line, "; ".join(wrong), flush=True)

@@ -67,20 +67,23 @@ def logit_sweep(
         gates = load_gates(gate_ptr, row, live, head, first, H_S, M_WIDTH, C, M, EXACT)
         near = one_cut(gates, REACH)
         tl.store(near_ptr + n, near)
-        read, written, cut, left = exponents(gates, near, EXACT)
+        _, written, cut, left = exponents(gates, near, EXACT)
         weights = writes(gates)
         store_rows(write_ptr, weights, row, live, head, first, H_S, M_WIDTH, C, M)
         weights *= tl.exp2(written)
-        since, until, total, pairs = decays(near_ptr, document_ptr, row, live, n * C, head, H_S, C, 0, DOCUMENTS, False)
+        since, until, total, _ = decays(near_ptr, document_ptr, row, live, n * C, head, H_S, C, 0, DOCUMENTS, False)
         k = load_rows(k_ptr, row, live, head, 0, H_S, D_WIDTH, C, D, INTERPRET)
         S *= tl.exp2(cut)[None, :]
         for g in range(H // H_S):
             query = head * (H // H_S) + g
             q = load_rows(q_ptr, row, live, query, 0, H, D_WIDTH, C, D, INTERPRET)
-            scores = tl.dot(q, tl.trans(k), input_precision="ieee")
-            scores = tl.where(pairs * near > 0.0, scores, 0.0)
             logits = read_by(q, S, tl.zeros([C, M], tl.float32), operand, EXACT) * since[:, None]
-            logits = product(scores, weights, logits, operand, EXACT) * (tl.exp2(read) * scale)
+            pairs = decays(near_ptr, document_ptr, row, live, n * C, head, H_S, C, 0, DOCUMENTS, False)[3]
+            scores = tl.where(pairs * near > 0.0, tl.dot(q, tl.trans(k), input_precision="ieee"), 0.0)
+            logits = product(scores, weights, logits, operand, EXACT)
+            # gates, and pairs, are found where they are used, and again: registers are scarce
+            gates = load_gates(gate_ptr, row, live, head, first, H_S, M_WIDTH, C, M, EXACT)
+            logits *= tl.exp2(exponents(gates, near, EXACT)[0]) * scale
             store_rows(logit_ptr, logits, row, live, query, first, H, M_WIDTH, C, M)
         weights *= until[:, None]
         S = read_by(tl.trans(k), weights, S * (tl.exp2(left - cut) * total)[None, :], operand, EXACT)
@@ -126,33 +129,27 @@ def far_logits(
 
 
 @triton.jit
-def softmax_tile(x_ptr, first, rows, WIDTH: tl.constexpr, R: tl.constexpr, X: tl.constexpr):
-    """Rows first … first + R - 1 of [rows, WIDTH]: their softmax [R, X], where they lie, and which are there."""
-    r = first + tl.arange(0, R)[:, None]
+def softmax_rows(x_ptr, rows, WIDTH: tl.constexpr, R: tl.constexpr, X: tl.constexpr):
+    """The softmax of each row [rows, WIDTH] in its place, R rows per program."""
+    r = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)[:, None]
     x = tl.arange(0, X)[None, :]
-    mask = (r < rows) & (x < WIDTH)
-    logits = tl.load(x_ptr + r * WIDTH + x, mask=mask, other=float("-inf"))
+    logits = tl.load(x_ptr + r * WIDTH + x, mask=(r < rows) & (x < WIDTH), other=float("-inf"))
     logits = tl.where(r < rows, logits, 0.0)
     weights = tl.exp(logits - tl.max(logits, 1)[:, None])
-    return weights / tl.sum(weights, 1)[:, None], r * WIDTH + x, mask
+    weights /= tl.sum(weights, 1)[:, None]
+    tl.store(x_ptr + r * WIDTH + x, weights, mask=(r < rows) & (x < WIDTH))
 
 
 @triton.jit
-def softmax_rows(logit_ptr, weight_ptr, rows, WIDTH: tl.constexpr, R: tl.constexpr, X: tl.constexpr):
-    """The softmax of each row [rows, WIDTH], R rows per program."""
-    weights, at, mask = softmax_tile(logit_ptr, tl.program_id(0).to(tl.int64) * R, rows, WIDTH, R, X)
-    tl.store(weight_ptr + at, weights.to(weight_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def softmax_gradients(
-    logit_ptr, dweight_ptr, dlogit_ptr, rows, WIDTH: tl.constexpr, R: tl.constexpr, X: tl.constexpr
-):  # fmt: skip
-    """Its gradient."""
-    weights, at, mask = softmax_tile(logit_ptr, tl.program_id(0).to(tl.int64) * R, rows, WIDTH, R, X)
-    dweights = tl.load(dweight_ptr + at, mask=mask, other=0.0).to(tl.float32)
+def softmax_gradients(x_ptr, dx_ptr, rows, WIDTH: tl.constexpr, R: tl.constexpr, X: tl.constexpr):
+    """Gradients of logits in the place of those of the softmax x of each row."""
+    r = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)[:, None]
+    x = tl.arange(0, X)[None, :]
+    mask = (r < rows) & (x < WIDTH)
+    weights = tl.load(x_ptr + r * WIDTH + x, mask=mask, other=0.0)
+    dweights = tl.load(dx_ptr + r * WIDTH + x, mask=mask, other=0.0)
     dlogits = weights * (dweights - tl.sum(weights * dweights, 1)[:, None])
-    tl.store(dlogit_ptr + at, dlogits.to(dlogit_ptr.dtype.element_ty), mask=mask)
+    tl.store(dx_ptr + r * WIDTH + x, dlogits, mask=mask)
 
 
 @triton.jit

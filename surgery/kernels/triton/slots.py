@@ -5,7 +5,8 @@ With a gate per slot both passes are made of one form,
     L(a, w, x, b) = Σ_(j<=i) (a_i · e^(G_i - G_j) w_j) (b_i · x_j),
 
 w being what is written to slots and G the sums of log-gates. Linear attention is its gradient of b, and the logits of
-slots are that of a: so the gradient of logits is linear attention of theirs with keys for values, and its own.
+slots are that of a: so the gradient of logits is linear attention of theirs with keys for values, and its own. What is
+between the passes is in fp32, since a softmax takes from gradients what they have in common, which may be most of them.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def _logits(
     """Logits of slots [B, T, H, M] in fp32, what is written to them, and keys in slots after the call."""
     batch, tokens, heads, dim = q.shape
     state_heads, slots = log_gate.shape[2:]
-    tile = channel.configs.tile(channel.configs.SWEEP, dim, slots, normal.bits)
+    tile = channel.configs.tile(channel.configs.LOGITS, dim, slots, normal.bits)
     slices = triton.cdiv(slots, tile.columns)
     logits = q.new_empty(batch, tokens, heads, slots, dtype=torch.float32)
     writes = q.new_empty(log_gate.shape)
@@ -68,27 +69,27 @@ def _forward(
     documents: Tensor | None,
     scale: float,
     training: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """y, both states after the call, logits, their softmax, what is written, and what the second pass keeps."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """y, both states after the call, weights of slots in fp32, what is written, and what the second pass keeps."""
     q, k, log_gate, S_k, documents = contiguous(q, k, log_gate, S_k, documents)
     call = Call(q, k, v, log_gate, documents, False, training)
-    logits, writes, K = _logits(q, k, log_gate, S_k, documents, scale, call)
-    weights = q.new_empty(logits.shape)
+    weights, writes, K = _logits(q, k, log_gate, S_k, documents, scale, call)
     grid, sizes = _rows(weights)
-    softmax_rows[grid](logits, weights, weights.numel() // sizes["WIDTH"], **sizes)
+    softmax_rows[grid](weights, weights.numel() // sizes["WIDTH"], **sizes)
     y, V, _, _, _, *made, states, _ = channel._forward(
         weights, writes, v, log_gate, S_v, None, documents, 1.0, False, 0.0, training
     )
-    return y, K, V, logits, weights, writes, *made, states
+    return y, K, V, weights, writes, *made, states
 
 
 @_forward.register_fake
 def _(q, k, v, log_gate, S_k, S_v, documents, scale, training):
-    weights, writes = q.new_empty(*q.shape[:3], log_gate.shape[3]), q.new_empty(log_gate.shape)
+    weights = q.new_empty(*q.shape[:3], log_gate.shape[3], dtype=torch.float32)
+    writes = q.new_empty(log_gate.shape)
     S = (q.new_empty(k.shape[0], k.shape[2], log_gate.shape[3], x.shape[3], dtype=torch.float32) for x in (k, v))
     *made, states, _ = Call(weights, writes, v, log_gate, documents, False, training).made()
     y = q.new_empty(*q.shape[:3], v.shape[3])
-    return y, *S, torch.empty_like(weights, dtype=torch.float32), weights, writes, *made, states
+    return y, *S, weights, writes, *made, states
 
 
 @torch.library.custom_op("surgery::slot_attention_backward", mutates_args=())
@@ -103,7 +104,6 @@ def _backward(
     S_k: Tensor | None,
     S_v: Tensor | None,
     documents: Tensor | None,
-    logits: Tensor,
     weights: Tensor,
     writes: Tensor,
     q_made: Tensor,
@@ -115,21 +115,19 @@ def _backward(
     gate_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, log_gate and both states; empty where there is nothing to take one of."""
-    none = logits.new_empty(0)
-    dweights, dwrites, dv, dgate, dS_v, _ = channel._backward(
+    none = weights.new_empty(0)
+    dlogits, dwrites, dv, dgate, dS_v, _ = channel._backward(
         dy, dV, None, weights, writes, v, log_gate, S_v, None, documents, none, none, none, q_made, k_made, factors,
-        near, states, none, 1.0, False, gate_gradient, True,
+        near, states, none, 1.0, False, gate_gradient,
     )  # fmt: skip
-    # rounded only now: the softmax takes from these what they have in common, which may be most of them
-    dlogits = torch.empty_like(weights)
-    grid, sizes = _rows(logits)
-    softmax_gradients[grid](logits, dweights, dlogits, logits.numel() // sizes["WIDTH"], **sizes)
+    grid, sizes = _rows(weights)
+    softmax_gradients[grid](weights, dlogits, weights.numel() // sizes["WIDTH"], **sizes)
     dq, _, _, mass, rest, *made = channel._forward(
         dlogits, writes, k, log_gate, S_k, None, documents, scale, False, 0.0, True
     )
     _, other_dwrites, dk, other_dgate, dS_k, _ = channel._backward(
         q, dK, None, dlogits, writes, k, log_gate, S_k, None, documents, dq, mass, rest, *made, scale, False,
-        gate_gradient, False,
+        gate_gradient,
     )  # fmt: skip
     if gate_gradient:
         (gates,) = contiguous(log_gate)
@@ -141,11 +139,10 @@ def _backward(
 
 @_backward.register_fake
 def _(
-    dy, dK, dV, q, k, v, log_gate, S_k, S_v, documents, logits, weights, writes, q_made, k_made, factors, near, states,
+    dy, dK, dV, q, k, v, log_gate, S_k, S_v, documents, weights, writes, q_made, k_made, factors, near, states,
     scale, gate_gradient,
 ):  # fmt: skip
-    dq, dk, dv, dgate, dS_k, dS_v = channel.gradients(q, k, v, log_gate, S_k, S_v, gate_gradient)
-    return dq, dk, dv, dgate, dS_k, dS_v
+    return channel.gradients(q, k, v, log_gate, S_k, S_v, gate_gradient)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
