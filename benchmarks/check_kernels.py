@@ -30,6 +30,7 @@ from surgery.kernels.triton import (
     delta,
     delta_backward,
     delta_forward,
+    slot_kernels,
     sweeps,
 )
 from surgery.kernels.triton.channel import Call
@@ -40,11 +41,11 @@ SHARED = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}
 POINTERS = {"gate_ptr": "*fp32", "document_ptr": "*i32", "states_ptr": "*bf16"}
 SINGLE = ("S_ptr", "z_ptr", "mass_ptr", "S_after_ptr", "z_after_ptr", "excess_ptr", "factor_ptr", "dgate_ptr", "zs_ptr")
 SINGLE += ("beta_ptr", "dbeta_ptr", "dS_after_ptr", "dz_after_ptr", "dS_ptr", "dz_ptr", "dzs_ptr", "near_ptr")
-SINGLE += ("inverse_ptr", "total_ptr", "S_end_ptr", "z_end_ptr")
+SINGLE += ("inverse_ptr", "total_ptr", "S_end_ptr", "z_end_ptr", "logit_ptr")
 SCALARS = {"scale": "fp32", "eps": "fp32"}
 SCALARS |= dict.fromkeys(("T", "stride_a", "stride_x", "span", "groups"), "i32")
-CHANNEL, DELTA = 3, 4
-"""A gate per channel, and the delta rule, among the kinds that --gate takes."""
+CHANNEL, DELTA, SLOTS = 3, 4, 5
+"""A gate per channel, the delta rule, and slots, among the kinds that --gate takes."""
 FASTEST, UNTUNED, RARE = (
     "more warps or narrower tiles spill less and are slower on an H100: benchmarks/results/tune.json",
     "right on an H100, not tuned there yet",
@@ -54,8 +55,8 @@ ALLOWED: dict[str, tuple[int, str]] = {
     # of gated and linear attention and the delta rule; those of y and dv hold for all kinds of gates
     # normalised ones keep what rounding takes, which is most of it
     "y": (2500, UNTUNED), "dq": (1300, UNTUNED), "dk": (1600, FASTEST), "dv": (2000, UNTUNED), "dqk": (600, UNTUNED),
-    "fused y": (300, UNTUNED), "dS": (100, UNTUNED),
-    "far y": (10**6, RARE), "far dqk": (10**6, RARE), "far dv": (10**6, RARE),
+    "logits": (600, UNTUNED), "fused y": (300, UNTUNED), "dS": (100, UNTUNED),
+    "far y": (10**6, RARE), "far dqk": (10**6, RARE), "far dv": (10**6, RARE), "far logits": (10**6, RARE),
     # of windows and hybrids
     "tile_outputs": (100, FASTEST), "query_gradients": (1100, FASTEST), "feature_gradients": (500, FASTEST),
     "key_gradients": (1000, FASTEST), "sink_gradients": (900, UNTUNED),
@@ -143,6 +144,19 @@ def delta_variants(features: int, columns: int, groups: int) -> Iterator[Variant
         yield Variant(name, kernel, told, options)
 
 
+def slot_variants(slots: int, columns: int, groups: int) -> Iterator[Variant]:
+    """What slots have beside attention with a gate per channel, everything optional switched on."""
+    sizes = {"q": (8 * groups, slots), "k": (8, slots), "v": (8, columns)}
+    q, k, v = (torch.empty(1, 64, *sizes[n], dtype=torch.bfloat16, device="meta") for n in "qkv")
+    call = Call(q, k, v, k, torch.empty(1, 64, dtype=torch.int32, device="meta"), False)
+    tile = channel_configs.tile(channel_configs.LOGITS, columns, slots, 16)
+    widths = {"D_WIDTH": columns, "M_WIDTH": slots, "D": tile.channels, "M": tile.columns}
+    for name, kernel in (("logits", slot_kernels.logit_sweep), ("far logits", slot_kernels.far_logits)):
+        told = call.told(kernel, tile, CARRIED=True, INTERPRET=False, **widths)
+        options = {n: told.pop(n) for n in ("num_warps", "num_stages", "maxnreg")}
+        yield Variant(name, kernel, told, options)
+
+
 def compiled(variant: Variant, arch: int, dtype: str) -> Any:
     """What Triton makes of it, with the alignment that launches have."""
     names = list(inspect.signature(variant.kernel.fn).parameters)
@@ -199,6 +213,8 @@ def found(features: int, columns: int, groups: int, gate: int, normalize: bool) 
         return channel_variants(features, columns, groups, normalize)
     if gate == DELTA:
         return iter(()) if normalize else delta_variants(features, columns, groups)
+    if gate == SLOTS:
+        return iter(()) if normalize else slot_variants(features, columns, groups)
     return variants(features, columns, groups, gate, normalize)
 
 
@@ -214,8 +230,8 @@ def main(arguments: list[str] | None = None) -> int:
         "--gate",
         type=int,
         nargs="*",
-        default=[0, 1, 2, 3, 4],
-        help="0 none, 1 fixed, 2 scalar, 3 channel, 4 the delta rule with a scalar one",
+        default=[0, 1, 2, 3, 4, 5],
+        help="0 none, 1 fixed, 2 scalar, 3 channel, 4 the delta rule with a scalar one, 5 slots",
     )
     parser.add_argument("--plain", action="store_true", help="leave normalised attention out")
     chosen = parser.parse_args(arguments)
@@ -233,7 +249,7 @@ def main(arguments: list[str] | None = None) -> int:
                                 for v in found(features, dim, group, gate, normalize):
                                     line, wrong = judge(compiled(v, arch, dtype), arch, v.sweep)
                                     c = v.constants
-                                    cut = c.get("X", c.get("D" if v.sweep == "y" else "F"))
+                                    cut = c.get("X", c.get("M", c.get("D" if v.sweep == "y" else "F")))
                                     head = f"{arch}  {dtype:5} {features:4} {dim:4} {group:5} {gate:4} {normalize:4}"
                                     head += f" {v.sweep:>5} {c['C']:5} {cut:4} {v.options['num_warps']:5}"
                                     print(head, line, "; ".join(wrong), flush=True)

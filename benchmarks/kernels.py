@@ -70,11 +70,16 @@ def linear_inputs(s: Shape, dtype: torch.dtype) -> Inputs:
 def with_gate(kind: str) -> Callable[[Shape, torch.dtype], Inputs]:
     def build(s: Shape, dtype: torch.dtype) -> Inputs:
         sizes = {"fixed": (s.kv_heads,), "scalar": (s.batch, s.tokens, s.kv_heads)}
+        sizes["slots"] = (s.batch, s.tokens, s.kv_heads, SIZE)
         size = sizes.get(kind, (s.batch, s.tokens, s.kv_heads, s.dim))
         gate = torch.nn.functional.logsigmoid(torch.randn(size, device="cuda") + 2) / 16
-        return linear_inputs(s, dtype) | {"gate": gate.to(dtype) if kind == "channel" else gate}
+        return linear_inputs(s, dtype) | {"gate": gate.to(dtype) if gate.ndim == 4 else gate}
 
     return build
+
+
+def average_inputs(s: Shape, dtype: torch.dtype) -> Inputs:
+    return {name: x for name, x in with_gate("channel")(s, dtype).items() if name != "k"}
 
 
 def hybrid_inputs(s: Shape, dtype: torch.dtype) -> Inputs:
@@ -99,6 +104,15 @@ def decayed(backend: str, normalize: bool = False) -> Function:
         return op(q, k, v, gate, normalize=normalize, **IDENTITY)[0]
 
     return run
+
+
+def averaged(backend: str) -> Function:
+    run = decayed(backend)
+    return lambda q, v, gate: run(q, -torch.expm1(gate).to(v.dtype), v, gate)
+
+
+def slotted(backend: str) -> Function:
+    return lambda q, k, v, gate: getattr(kernels.gated_slot_attention, backend)(q, k, v, gate, scaling=1.0)[0]
 
 
 def normalised(backend: str) -> Function:
@@ -157,6 +171,8 @@ CASES = {
         with_gate("scalar"), decayed, {"fla fused_chunk_simple_gla": lambda s: peers.scalar}, MAIN + GROUPED
     ),
     "gla": Case(with_gate("channel"), decayed, {"fla chunk_gla": lambda s: peers.channel}, MAIN + GROUPED),
+    "hgrn2": Case(average_inputs, averaged, {"fla chunk_gla": lambda s: peers.averages}, MAIN + GROUPED),
+    "gsa": Case(with_gate("slots"), slotted, {"fla chunk_gsa": lambda s: peers.slots}, MAIN + GROUPED),
     "window": Case(qkv, windowed, {"FlexAttention": lambda s: peers.window(SIZE, s.tokens)} | FULL, MAIN + GROUPED),
     "hybrid": Case(
         hybrid_inputs,

@@ -57,6 +57,21 @@ def channel(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, **_: Any) -> Tensor:
     return chunk_gla(q, *repeated(q, k, v, gate), scale=1.0)[0]
 
 
+def written(gate: Tensor, dtype: torch.dtype) -> Tensor:
+    """1 - α, what a moving average takes in."""
+    return -torch.expm1(gate.float()).to(dtype)
+
+
+def slots(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, **_: Any) -> Tensor:
+    from fla.ops.gsa import chunk_gsa
+
+    return chunk_gsa(q, k, v, written(gate, v.dtype), gate, scale=1.0)[0]
+
+
+def averages(q: Tensor, v: Tensor, gate: Tensor, **_: Any) -> Tensor:
+    return channel(q, written(gate, v.dtype), v, gate)
+
+
 class Window:
     """A sliding softmax window by FlexAttention, compiled once, with the log of each row's sum."""
 

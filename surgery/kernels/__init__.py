@@ -26,7 +26,12 @@ delta_attention = Op(
     in_triton("delta_attention"),
     in_triton("delta_attention_step"),
 )
-gated_slot_attention = Op(reference.gated_slot_attention, chunked.gated_slot_attention, examples.slots)
+gated_slot_attention = Op(
+    reference.gated_slot_attention,
+    chunked.gated_slot_attention,
+    examples.slots,
+    in_triton("gated_slot_attention"),
+)
 mesa_attention = Op(reference.mesa_attention, chunked.mesa_attention, examples.mesa)
 window_attention = Op(
     reference.window_attention,

@@ -42,11 +42,6 @@ def backend(name: str) -> Iterator[None]:
         _forced = before
 
 
-def forced() -> bool:
-    """Whether a backend was asked for, by the environment or `backend`."""
-    return _forced is not None
-
-
 def _unknown(name: str) -> str:
     names = f"{', '.join(BACKENDS[:-1])} or {BACKENDS[-1]}"
     return f"There is no backend {name!r}: {VARIABLE} and surgery.kernels.backend take {names}."

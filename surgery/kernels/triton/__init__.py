@@ -13,14 +13,14 @@ from torch.nn import functional
 from .. import chunked
 from .. import features as maps
 from ..chunked.tiles import real
-from ..dispatch import forced
 from ..specs import Features, State
 from .channel import channel_attention
-from .decay import INTERPRET, WIDEST, decay_attention, require_gpu
+from .decay import WIDEST, decay_attention, require_gpu
 from .delta import delta_rule
 from .error import output_error
 from .hybrid import hybrid_attention, window_attention
 from .mixed_step import hybrid_attention_step, window_attention_step
+from .slots import slot_attention
 from .steps import covered, delta_attention_step, gated_linear_attention_step, linear_attention_step
 from .transfer import attention_cross_entropy
 
@@ -33,11 +33,13 @@ __all__ = [
     "delta_rule",
     "gated_linear_attention",
     "gated_linear_attention_step",
+    "gated_slot_attention",
     "hybrid_attention",
     "hybrid_attention_step",
     "linear_attention",
     "linear_attention_step",
     "output_error",
+    "slot_attention",
     "window_attention",
     "window_attention_step",
 ]
@@ -132,6 +134,31 @@ def delta_attention(
     )
 
 
+def gated_slot_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_gate: Tensor,
+    *,
+    scaling: float,
+    state: State | None = None,
+    lengths: Tensor | None = None,
+    segments: Tensor | None = None,
+    return_state: bool = False,
+) -> tuple[Tensor, State | None]:
+    """See the reference."""
+    given: dict[str, Any] = {"state": state, "lengths": lengths, "segments": segments, "return_state": return_state}
+    if not covered(q, v, log_gate):
+        return chunked.gated_slot_attention(q, k, v, log_gate, scaling=scaling, **given)
+    # padding leaves the state as it is
+    q, k, v, gate = real(lengths, q, k.to(q.dtype), v.to(q.dtype), log_gate)
+    before = {} if state is None else {"S_k": state["slot_k"], "S_v": state["slot_v"]}
+    y, K, V = slot_attention(
+        q, k, v, log_gate=gate, scale=scaling, documents=_documents(segments, lengths), **before
+    )  # fmt: skip
+    return y, {"slot_k": K, "slot_v": V} if return_state else None
+
+
 def _delta(
     q: Tensor,
     k: Tensor,
@@ -212,8 +239,6 @@ def _attention(
     if q.dtype.itemsize > 4 or v.shape[-1] > WIDEST:
         return None
     require_gpu(q)
-    if gate is not None and gate.ndim == 4 and not (INTERPRET or forced()):
-        return None  # these kernels ran on a GPU in an earlier form only: by default plain torch, until they have again
     q, k, v = real(lengths, q, k, v)
     phi_q, phi_k = _mapped(features_q, q), _mapped(features_k, k).to(q.dtype)
     if phi_k.shape[-1] > WIDEST:

@@ -42,13 +42,19 @@ class Call(NamedTuple):
 
     @property
     def bits(self) -> int:
-        return self.q.element_size() * 8
+        return self.v.element_size() * 8
+
+    @property
+    def whole(self) -> bool:
+        """Whether what rounding takes counts in gradients of queries and keys: products of the states nearly cancel
+        others where there is a normaliser; and where queries are not rounded, their gradients shall not be."""
+        return self.normalize or self.q.dtype != self.v.dtype
 
     @property
     def reach(self) -> float:
         """How far a chunk may decay to be cut once: 2^(-2·this). Gradients of states, which are small, are scaled by
         half of that in bf16; fp16 lacks the range for more, and in fp32 sums would lose precision."""
-        return 64.0 if self.q.dtype == torch.bfloat16 else 8.0
+        return 64.0 if self.v.dtype == torch.bfloat16 else 8.0
 
     @property
     def fused(self) -> bool:
@@ -83,6 +89,7 @@ class Call(NamedTuple):
             "REACH": self.reach,
             "DOCUMENTS": self.documents is not None,
             "NORMALIZE": self.normalize,
+            "WHOLE": self.whole,
             "EXACT": self.bits == 32,
             "PRECISION": "ieee",
             "INTERPRET": INTERPRET,
@@ -96,11 +103,10 @@ class Call(NamedTuple):
         chunks see them [B, H_s, N, F, D_v] and [B, H_s, N, F]."""
         batch, _, heads, features = self.k.shape
         sizes = batch, heads, self.chunks
-        q, k = (x.new_empty(0 if self.fused else x.shape) for x in (self.q, self.k))
+        q, k = (self.v.new_empty(0 if self.fused else x.shape) for x in (self.q, self.k))
         single = (0,) if self.fused else (*sizes, 2, features), sizes, (*sizes, features)
         factors, near, zs = (q.new_empty(x, dtype=torch.float32) for x in single)
-        # products of the states nearly cancel others where there is a normaliser: nothing is rounded
-        dtype = torch.float32 if self.normalize else q.dtype
+        dtype = torch.float32 if self.whole else q.dtype
         states = q.new_empty((*sizes, features, self.v.shape[3]) if self.training else 0, dtype=dtype)
         return q, k, factors, near, states, zs
 
@@ -275,12 +281,13 @@ def channel_attention(
 
     and, when `normalize`, z_t = e^(g_t) z_(t-1) + k_t and y_t divided by (scale q_t·z_t + eps).
 
-    q: [B, T, H, F]; k: [B, T, H_s, F]; v: [B, T, H_kv, D_v]; fp32, fp16 or bf16, all the same. H is a multiple of H_s,
-    H_s of H_kv; a head serves consecutive heads of the larger number. F and D_v up to 256.
+    q: [B, T, H, F]; k: [B, T, H_s, F]; v: [B, T, H_kv, D_v]; fp32, fp16 or bf16, all the same, but for q, which may be
+    fp32 beside 16 bits. H is a multiple of H_s, H_s of H_kv; a head serves consecutive heads of the larger number. F
+    and D_v up to 256.
     log_gate: g, [B, T, H_s, F], of any of these types; never positive, -inf allowed.
     S: [B, H_s, F, D_v] and z: [B, H_s, F], the state before the call, None for zeros.
     documents: [B, T] of integers; the state is forgotten where they change. The first document goes on with S.
-    Returns y [B, T, H, D_v] and the state after the call, in fp32, z None unless `normalize`.
+    Returns y [B, T, H, D_v] in v's dtype and the state after the call, in fp32, z None unless `normalize`.
     """
     if normalize and S is not None and z is None:
         raise ValueError("A normalised call that starts from a state S needs its z.")

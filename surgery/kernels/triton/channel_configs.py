@@ -19,8 +19,9 @@ class Tile(NamedTuple):
     registers: int | None = None
 
 
-PREPARE, SWEEP, GRADIENTS, FAR = "prepare", "sweep", "gradients", "far"
-"""Kernels that hold all channels, or these and a slice of columns; a slice of channels and all columns, or of both."""
+PREPARE, SWEEP, GRADIENTS, FAR, LOGITS = "prepare", "sweep", "gradients", "far", "logits"
+"""Kernels that hold all channels, or these and a slice of columns; a slice of channels and all columns, or of both; all
+channels of keys and a slice of slots."""
 
 
 def tile(kernel: str, features: int, columns: int, bits: int) -> Tile:
@@ -33,4 +34,6 @@ def tile(kernel: str, features: int, columns: int, bits: int) -> Tile:
         return Tile(chunk, f, 0, 8 if f > 64 else 4, registers=128 if f <= 128 else None)
     if kernel == SWEEP:
         return Tile(chunk, f, slice_, 8 if f > 128 else 4, 2 if f > 64 else 3)
+    if kernel == LOGITS:
+        return Tile(chunk, f, slice_, 8 if f > 64 else 4)
     return Tile(chunk, slice_, d if kernel == GRADIENTS else slice_, 8 if d > 128 else 4, 1)

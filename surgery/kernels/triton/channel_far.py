@@ -60,7 +60,7 @@ def far_outputs(
     cuts: tl.constexpr = (F_WIDTH + X - 1) // X
     query, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     head = query // (H // H_S)
-    operand = tl.float32 if INTERPRET else q_ptr.dtype.element_ty
+    operand = tl.float32 if INTERPRET else k_ptr.dtype.element_ty
     chunks = tl.cdiv(T, C)
     begin = tl.program_id(0) * SPAN
     for n in range(begin, far_end(near_ptr, (b * H_S + head) * chunks, begin, chunks, SPAN)):
@@ -69,7 +69,7 @@ def far_outputs(
             scores = tl.zeros([C, C], tl.float32)
             for i in range(cuts):
                 gates = load_gates(gate_ptr, row, live, head, i * X, H_S, F_WIDTH, C, X, EXACT)
-                q = load_rows(q_ptr, row, live, query, i * X, H, F_WIDTH, C, X, INTERPRET)
+                q = load_rows(q_ptr, row, live, query, i * X, H, F_WIDTH, C, X, INTERPRET).to(operand)
                 k = load_rows(k_ptr, row, live, head, i * X, H_S, F_WIDTH, C, X, INTERPRET)
                 scores += level_scores(q, k, gates, C, LEVELS, EXACT, PRECISION, False, INTERPRET)
             _, _, _, pairs = decays(near_ptr, document_ptr, row, live, n * C, head, H_S, C, 0, DOCUMENTS, False)
@@ -108,7 +108,7 @@ def far_key_query_gradients(
     cuts: tl.constexpr = (F_WIDTH + X - 1) // X
     first, begin = tl.program_id(0) % cuts * X, tl.program_id(0) // cuts * SPAN
     head, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    operand = tl.float32 if INTERPRET else q_ptr.dtype.element_ty
+    operand = tl.float32 if INTERPRET else k_ptr.dtype.element_ty
     same = tl.arange(0, C)[:, None] == tl.arange(0, C)[None, :]
     chunks = tl.cdiv(T, C)
     for n in range(begin, far_end(near_ptr, (b * H_S + head) * chunks, begin, chunks, SPAN)):
@@ -130,7 +130,7 @@ def far_key_query_gradients(
                 P_turned = (tl.dot(v, tl.trans(dy), input_precision=PRECISION) - excess[None, :]) * (turned * scale)
                 P_turned *= inverse[None, :]
                 own = tl.sum(tl.where(same, P, 0.0), 1)
-                q = load_rows(q_ptr, row, live, query, first, H, F_WIDTH, C, X, INTERPRET)
+                q = load_rows(q_ptr, row, live, query, first, H, F_WIDTH, C, X, INTERPRET).to(operand)
                 dq = load_rows(dq_ptr, row, live, query, first, H, F_WIDTH, C, X, INTERPRET).to(tl.float32)
                 dq += own[:, None] * k.to(tl.float32)
                 dk += own[:, None] * q.to(tl.float32)
@@ -167,7 +167,7 @@ def far_value_gradients(
     cuts: tl.constexpr = (F_WIDTH + X - 1) // X
     first, begin = tl.program_id(0) % slices * D, tl.program_id(0) // slices * SPAN
     head, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    operand = tl.float32 if INTERPRET else q_ptr.dtype.element_ty
+    operand = tl.float32 if INTERPRET else k_ptr.dtype.element_ty
     chunks = tl.cdiv(T, C)
     for n in range(begin, far_end(near_ptr, (b * H_S + head) * chunks, begin, chunks, SPAN)):
         if tl.load(near_ptr + (b * H_S + head) * chunks + n) == 0.0:
@@ -179,7 +179,7 @@ def far_value_gradients(
                 scores = tl.zeros([C, C], tl.float32)
                 for i in range(cuts):
                     gates = load_gates(gate_ptr, row, live, head, i * X, H_S, F_WIDTH, C, X, EXACT)
-                    q = load_rows(q_ptr, row, live, query, i * X, H, F_WIDTH, C, X, INTERPRET)
+                    q = load_rows(q_ptr, row, live, query, i * X, H, F_WIDTH, C, X, INTERPRET).to(operand)
                     k = load_rows(k_ptr, row, live, head, i * X, H_S, F_WIDTH, C, X, INTERPRET)
                     scores += level_scores(q, k, gates, C, LEVELS, EXACT, PRECISION, True, INTERPRET)
                 inverse, unused = query_terms(inverse_ptr, inverse_ptr, row, live, query, H, C, NORMALIZE)

@@ -33,7 +33,7 @@ def key_query_gradients(
     T, scale,
     H: tl.constexpr, H_S: tl.constexpr, H_KV: tl.constexpr, F_WIDTH: tl.constexpr, D_WIDTH: tl.constexpr,
     C: tl.constexpr, X: tl.constexpr, D: tl.constexpr, DOCUMENTS: tl.constexpr, NORMALIZE: tl.constexpr,
-    GATE: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr, INTERPRET: tl.constexpr,
+    WHOLE: tl.constexpr, GATE: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """dq, dk and, if GATE, those of the log-gates, in X channels of one head of the state in one chunk per program."""
     cuts: tl.constexpr = (F_WIDTH + X - 1) // X
@@ -51,8 +51,9 @@ def key_query_gradients(
     dS = load_seen(dstates_ptr, at, first, F_WIDTH, D_WIDTH, X, D, INTERPRET)
     across = tl.sum(S.to(tl.float32) * dS.to(tl.float32), 1)
     dk = tl.dot(v, tl.trans(dS.to(operand)), input_precision=PRECISION)
-    if NORMALIZE:
+    if WHOLE:
         dk = tl.dot(v, tl.trans(rest(dS, operand)), dk, input_precision=PRECISION)
+    if NORMALIZE:
         z, dz = load_line(zs_ptr, at, first, F_WIDTH, X), load_line(dzs_ptr, at, first, F_WIDTH, X)
         dk += dz[None, :]
         across += z * dz
@@ -71,15 +72,16 @@ def key_query_gradients(
         dy = load_rows(dy_ptr, row, live, query, 0, H, D_WIDTH, C, D, INTERPRET)
         q = load_rows(q_ptr, row, live, query, first, H, F_WIDTH, C, X, INTERPRET)
         dq = tl.dot(dy, tl.trans(S.to(operand)), input_precision=PRECISION)
-        if NORMALIZE:
+        if WHOLE:
             dq = tl.dot(dy, tl.trans(rest(S, operand)), dq, input_precision=PRECISION)
+        if NORMALIZE:
             dq -= excess[:, None] * z[None, :]
         dq *= (since * inverse)[:, None]
         P = (tl.dot(dy, tl.trans(v), input_precision=PRECISION) - excess[:, None]) * inverse[:, None]
         pairs = decays(near_ptr, document_ptr, row, live, n * C, head, H_S, C, 0, DOCUMENTS, False)[3]
         P = tl.where(pairs * near > 0.0, P, 0.0)
         dq = tl.dot(P.to(operand), k, dq, input_precision=PRECISION)
-        if NORMALIZE:
+        if WHOLE:
             dq = tl.dot(rest(P, operand), k, dq, input_precision=PRECISION)
         crossing += q.to(tl.float32) * dq
         # exponents, and pairs, are found where they are used, and again: registers are scarce
@@ -91,7 +93,7 @@ def key_query_gradients(
         turned = decays(near_ptr, document_ptr, row, live, n * C, head, H_S, C, 0, DOCUMENTS, True)[3]
         P = tl.where(turned * near > 0.0, P, 0.0)
         dk = tl.dot(P.to(operand), q, dk, input_precision=PRECISION)
-        if NORMALIZE:
+        if WHOLE:
             dk = tl.dot(rest(P, operand), q, dk, input_precision=PRECISION)
     crossing -= k.to(tl.float32) * dk
     dk += tl.where(last, final[None, :], 0.0)

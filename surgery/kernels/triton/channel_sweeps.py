@@ -68,7 +68,7 @@ def output_sweep(
     """
     first, head, b = tl.program_id(0) * D, tl.program_id(1), tl.program_id(2).to(tl.int64)
     own = b * H_S + head
-    operand = tl.float32 if INTERPRET else q_ptr.dtype.element_ty
+    operand = tl.float32 if INTERPRET else k_ptr.dtype.element_ty
     chunks = tl.cdiv(T, C)
     S = tl.zeros([F, D], tl.float32)
     z = tl.zeros([F], tl.float32)

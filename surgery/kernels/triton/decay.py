@@ -99,12 +99,12 @@ def _(q, k, v, log_decay, S, z, documents, scale, normalize, eps, training):
 
 def outputs(q: Tensor, k: Tensor, v: Tensor, normalize: bool, training: bool) -> tuple[Tensor, ...]:
     batch, tokens, heads, features = q.shape
-    y = q.new_empty(batch, tokens, heads, v.shape[3])
+    y = v.new_empty(batch, tokens, heads, v.shape[3])
     sizes: list[tuple[int, ...]] = [(batch, k.shape[2], features, v.shape[3])]
     sizes += [(batch, k.shape[2], features), (batch, tokens, heads)] if normalize else [(0,), (0,)]
     S, z, mass = (q.new_empty(size, dtype=torch.float32) for size in sizes)
     # nothing is lost of an fp32 output
-    kept = normalize and training and q.dtype.itemsize < 4
+    kept = normalize and training and y.dtype.itemsize < 4
     return y, S, z, mass, torch.empty_like(y) if kept else q.new_empty(0)
 
 
