@@ -74,8 +74,8 @@ class Call(NamedTuple):
         return self.q.new_empty(self.q.shape[0], self.k.shape[2], self.chunks, self.k.shape[3], self.v.shape[3])
 
     def values(self) -> Tensor:
-        """Room for a vector of a value's size per token and head of the state."""
-        return self.q.new_empty(*self.k.shape[:3], self.v.shape[3])
+        """Room for a vector of a value's size per token and head of the state, fp32."""
+        return self.q.new_empty(*self.k.shape[:3], self.v.shape[3], dtype=torch.float32)
 
     def sweep_states(self, inverse: Tensor, S: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """U, the state before every chunk, and after the last in fp32."""
@@ -99,7 +99,7 @@ def _forward(
     documents: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y, the state after the call, and the inverses of all chunks."""
+    """y, the state after the call, and of all chunks the inverses less the identity."""
     q, k, v, beta, log_decay, S, documents = contiguous(q, k, v, beta, log_decay, S, documents)
     call = Call(q, k, v, beta, log_decay, documents, scale)
     y, _, inverse = _outputs(q, k, v)
@@ -159,6 +159,8 @@ def _backward(
     )
     told = call.told(chunk_gradients, "F", GATE_GRADIENT=gate_gradient)
     slices = triton.cdiv(features, told["F"])
+    # several heads of the state may share one of v
+    shared = dv if v.shape[2] == k.shape[2] else call.values()
     parts = beta.new_empty(2, slices, *beta.shape)
     chunk_gradients[call.grid(slices * call.chunks)](
         q,
@@ -173,14 +175,15 @@ def _backward(
         dstates,
         dq,
         dk,
+        shared,
         *parts,
         tokens,
         scale,
         q.shape[2] // k.shape[2],
         **told,
     )
-    # several heads of the state may share one of v
-    dv.copy_((dr * beta.unsqueeze(-1)).unflatten(2, (v.shape[2], -1)).sum(3))
+    if shared is not dv:
+        dv.copy_(shared.unflatten(2, (v.shape[2], -1)).sum(3))
     dbeta.copy_(parts[0].sum(0))
     if gate_gradient:
         dlog_decay.copy_(parts[1].sum(0))

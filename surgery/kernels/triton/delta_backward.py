@@ -5,7 +5,7 @@ With the names of `delta_forward`, and R = β (V - γ K S), so that U = T R:
     dU = (D ∘ Q Kᵀ)ᵀ dY + u K dS',   dR = Tᵀ dU,   dS = γ_C dS' + (γ Q)ᵀ dY - (β γ K)ᵀ dR,
     dA = -dR Uᵀ,   dV = β dR,
 
-and keys, queries, β and gates meet nothing else.
+and keys, queries, β and gates meet nothing else. dU and dR are in fp32 like U.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .delta_tiles import strictly_lower
+from .delta_tiles import fine, strictly_lower
 from .tiles import decays, load_each, load_rows, load_state, store_each, store_rows, store_state
 
 
@@ -39,7 +39,7 @@ def local_gradients(
         q = load_rows(q_ptr, row, live, query, 0, H, F_WIDTH, C, F, INTERPRET)
         dy = load_rows(dy_ptr, row, live, query, first, H, D_WIDTH, C, D, INTERPRET)
         weights = tl.dot(k, tl.trans(q), input_precision=PRECISION) * decay
-        du = tl.dot(weights.to(operand), dy, du, input_precision=PRECISION)
+        du = fine(weights, dy, du, operand, PRECISION)
     store_rows(du_ptr, du * scale, row, live, head, first, H_S, D_WIDTH, C, D)
 
 
@@ -64,12 +64,12 @@ def gradient_sweep(
         row, live = b * T + n * C, T - n * C
         k = load_rows(k_ptr, row, live, head, 0, H_S, F_WIDTH, C, F, INTERPRET)
         inverse_ = load_rows(solution_ptr, row, live, head, 0, H_S, C, C, C, INTERPRET)
-        du = load_rows(du_ptr, row, live, head, first, H_S, D_WIDTH, C, D, INTERPRET).to(tl.float32)
+        du = load_rows(du_ptr, row, live, head, first, H_S, D_WIDTH, C, D, INTERPRET)
         beta = load_each(beta_ptr, row, live, head, H_S, C, 0.0)
         since, until, total, _ = decays(gate_ptr, document_ptr, row, live, n * C, head, H_S, C, GATE, DOCUMENTS, False)
         store_state(dSs_ptr, dS, (b * H_S + head) * chunks + n, first, D_WIDTH, 1, F_WIDTH, D_WIDTH, F, D)
-        du += tl.dot(k, dS.to(operand), input_precision=PRECISION) * until[:, None]
-        dr = tl.dot(tl.trans(inverse_), du.to(operand), input_precision=PRECISION)
+        du += fine(k, dS, tl.zeros([C, D], tl.float32), operand, PRECISION) * until[:, None]
+        dr = fine(inverse_, du, du, operand, PRECISION, True)
         store_rows(dr_ptr, dr, row, live, head, first, H_S, D_WIDTH, C, D)
         back = (dr * (-beta * since)[:, None]).to(operand)
         dS = tl.dot(tl.trans(k), back, dS * total, input_precision=PRECISION)
@@ -86,13 +86,14 @@ def gradient_sweep(
 @triton.jit(do_not_specialize=["T", "scale", "groups"])
 def chunk_gradients(
     q_ptr, k_ptr, v_ptr, u_ptr, dy_ptr, dr_ptr, beta_ptr, gate_ptr, document_ptr, Ss_ptr, dSs_ptr,
-    dq_ptr, dk_ptr, dbeta_ptr, dgate_ptr,
+    dq_ptr, dk_ptr, dv_ptr, dbeta_ptr, dgate_ptr,
     T, scale, groups,
     H: tl.constexpr, H_S: tl.constexpr, H_KV: tl.constexpr, F_WIDTH: tl.constexpr, D_WIDTH: tl.constexpr,
     C: tl.constexpr, F: tl.constexpr, D: tl.constexpr, GATE: tl.constexpr, DOCUMENTS: tl.constexpr,
     GATE_GRADIENT: tl.constexpr, PRECISION: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """dQ, dK and, as far as they are sums over the program's F features, dβ and the gradient of the gates.
+    """dQ, dK, dV per head of the state and, as far as they are sums over the program's F features, dβ and the gradient
+    of the gates.
 
     The log-gate of token t scales every pair of a key before t and a query from t on; see `sweeps.key_sweep`.
     """
@@ -116,14 +117,15 @@ def chunk_gradients(
         u = load_rows(u_ptr, row, live, head, column, H_S, D_WIDTH, C, D, INTERPRET)
         S = load_block(Ss_ptr + at, first, column, F_WIDTH, D_WIDTH, F, D, INTERPRET)
         dS = load_block(dSs_ptr + at, first, column, F_WIDTH, D_WIDTH, F, D, INTERPRET)
-        dA = tl.dot(dr, tl.trans(u), dA, input_precision=PRECISION)
-        recalled = tl.dot(dr, tl.trans(S), recalled, input_precision=PRECISION)
-        dk = tl.dot(u, tl.trans(dS), dk, input_precision=PRECISION)
+        dA = fine(dr, u, dA, operand, PRECISION, False, True)
+        recalled = fine(dr, S, recalled, operand, PRECISION, False, True)
+        dk = fine(u, dS, dk, operand, PRECISION, False, True)
         if GATE_GRADIENT:
             across += tl.sum(S.to(tl.float32) * dS.to(tl.float32), 1)
         if slice_ == 0:
             v = load_rows(v_ptr, row, live, head // (H_S // H_KV), column, H_KV, D_WIDTH, C, D, INTERPRET)
-            dbeta += tl.sum(dr.to(tl.float32) * v.to(tl.float32), 1)
+            dbeta += tl.sum(dr * v.to(tl.float32), 1)
+            store_rows(dv_ptr, dr * beta[:, None], row, live, head, column, H_S, D_WIDTH, C, D)
     wide = k.to(tl.float32)
     dk *= until[:, None]
     recalled *= since[:, None]
@@ -147,7 +149,7 @@ def chunk_gradients(
             dy = load_rows(dy_ptr, row, live, query, column, H, D_WIDTH, C, D, INTERPRET)
             u = load_rows(u_ptr, row, live, head, column, H_S, D_WIDTH, C, D, INTERPRET)
             S = load_block(Ss_ptr + at, first, column, F_WIDTH, D_WIDTH, F, D, INTERPRET)
-            weights = tl.dot(dy, tl.trans(u), weights, input_precision=PRECISION)
+            weights = fine(dy, u, weights, operand, PRECISION, False, True)
             dq = tl.dot(dy, tl.trans(S), dq, input_precision=PRECISION)
         q = load_rows(q_ptr, row, live, query, first, H, F_WIDTH, C, F, INTERPRET)
         weights *= decay * scale
@@ -155,10 +157,9 @@ def chunk_gradients(
         if GATE_GRADIENT:
             reads += tl.sum(q.to(tl.float32) * dq, 1)
             crossing += weights * tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        weights = weights.to(operand)
-        dq = tl.dot(weights, k, dq, input_precision=PRECISION)
+        dq = fine(weights, k, dq, operand, PRECISION)
         store_rows(dq_ptr, dq, row, live, query, first, H, F_WIDTH, C, F)
-        dk = tl.dot(tl.trans(weights), q, dk, input_precision=PRECISION)
+        dk = fine(weights, q, dk, operand, PRECISION, True)
     store_rows(dk_ptr, dk, row, live, head, first, H_S, F_WIDTH, C, F)
 
     part = slice_.to(tl.int64) * tl.num_programs(2) * T + row

@@ -7,6 +7,8 @@ In a chunk with the state S before it, decays γ_i from its start, u_j to its en
 
 T is known of every chunk at once; only U and S, one after the other, are a sweep; outputs again are for every chunk at
 once. T acts on β (V - γ K S) itself, so that neither T β V nor T β γ K is ever stored.
+
+Roundings would add up along the sweep and from kernel to kernel: U is in fp32, and T is rounded beside its diagonal.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .delta_tiles import inverse, strictly_lower
+from .delta_tiles import fine, inverse, strictly_lower
 from .tiles import decays, load_each, load_rows, load_state, store_rows, store_state
 
 
@@ -25,7 +27,7 @@ def inverses(
     H_S: tl.constexpr, F_WIDTH: tl.constexpr, C: tl.constexpr, F: tl.constexpr, GATE: tl.constexpr,
     DOCUMENTS: tl.constexpr, PRECISION: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """T of one chunk and head: [B, T, H_S, C]."""
+    """T - I of one chunk and head: [B, T, H_S, C]."""
     n, head, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     row, live = b * T + n * C, T - n * C
     k = load_rows(k_ptr, row, live, head, 0, H_S, F_WIDTH, C, F, INTERPRET)
@@ -33,7 +35,7 @@ def inverses(
     _, _, _, decay = decays(gate_ptr, document_ptr, row, live, n * C, head, H_S, C, GATE, DOCUMENTS, False)
     A = tl.dot(k, tl.trans(k), input_precision=PRECISION) * decay * beta[:, None]
     found = inverse(tl.where(strictly_lower(C), A, 0.0), C, INTERPRET)
-    store_rows(solution_ptr, found, row, live, head, 0, H_S, C, C, C)
+    store_rows(solution_ptr, tl.where(strictly_lower(C), found, 0.0), row, live, head, 0, H_S, C, C, C)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -61,9 +63,9 @@ def state_sweep(
         store_state(Ss_ptr, S, (b * H_S + head) * chunks + n, first, D_WIDTH, 1, F_WIDTH, D_WIDTH, F, D)
         recall = tl.dot(k, S.to(operand), input_precision=PRECISION) * since[:, None]
         rest = (v.to(tl.float32) - recall) * beta[:, None]
-        u = tl.dot(inverse_, rest.to(operand), input_precision=PRECISION)
+        u = fine(inverse_, rest, rest, operand, PRECISION)
         store_rows(u_ptr, u, row, live, head, first, H_S, D_WIDTH, C, D)
-        S = tl.dot(tl.trans(k), (u * until[:, None]).to(operand), S * total, input_precision=PRECISION)
+        S = fine(k, u * until[:, None], S * total, operand, PRECISION, True)
     store_state(S_after_ptr, S, b * H_S + head, first, D_WIDTH, 1, F_WIDTH, D_WIDTH, F, D)
 
 
@@ -84,12 +86,12 @@ def outputs(
     at = (b * H_S + head) * tl.cdiv(T, C) + n
     S = load_state(Ss_ptr, at, first, D_WIDTH, 1, F_WIDTH, D_WIDTH, F, D).to(operand)
     k = load_rows(k_ptr, row, live, head, 0, H_S, F_WIDTH, C, F, INTERPRET)
-    u = load_rows(u_ptr, row, live, head, first, H_S, D_WIDTH, C, D, INTERPRET)
+    u = load_rows(u_ptr, row, live, head, first, H_S, D_WIDTH, C, D, INTERPRET).to(operand)
     since, _, _, decay = decays(gate_ptr, document_ptr, row, live, n * C, head, H_S, C, GATE, DOCUMENTS, False)
     for g in range(H // H_S):
         query = head * (H // H_S) + g
         q = load_rows(q_ptr, row, live, query, 0, H, F_WIDTH, C, F, INTERPRET)
         weights = tl.dot(q, tl.trans(k), input_precision=PRECISION) * decay
         y = tl.dot(q, S, input_precision=PRECISION) * since[:, None]
-        y = tl.dot(weights.to(operand), u, y, input_precision=PRECISION) * scale
+        y = fine(weights, u, y, operand, PRECISION) * scale
         store_rows(y_ptr, y, row, live, query, first, H, D_WIDTH, C, D)

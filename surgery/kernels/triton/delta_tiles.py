@@ -1,9 +1,12 @@
-"""What the kernels of the delta rule share: the inverse of a unit lower triangular matrix on chip."""
+"""What the kernels of the delta rule share: the inverse of a unit lower triangular matrix, and products that do not
+round what is in fp32."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+from .tiles import rest
 
 BLOCK = tl.constexpr(16)
 
@@ -12,6 +15,28 @@ BLOCK = tl.constexpr(16)
 def strictly_lower(C: tl.constexpr):
     """[C, C] bool: whether the column comes before the row."""
     return tl.arange(0, C)[:, None] > tl.arange(0, C)[None, :]
+
+
+@triton.jit
+def fine(
+    a, b, total, operand: tl.constexpr, PRECISION: tl.constexpr, TURN_A: tl.constexpr = False,
+    TURN_B: tl.constexpr = False,
+):  # fmt: skip
+    """total + a b, or their transposes. Where operands are of 16 bits, an a or b in fp32 is taken as a sum of two."""
+    high_a, high_b = a.to(operand), b.to(operand)
+    if a.dtype != operand:
+        total = product(rest(a, operand), high_b, total, PRECISION, TURN_A, TURN_B)
+    if b.dtype != operand:
+        total = product(high_a, rest(b, operand), total, PRECISION, TURN_A, TURN_B)
+    return product(high_a, high_b, total, PRECISION, TURN_A, TURN_B)
+
+
+@triton.jit
+def product(a, b, total, PRECISION: tl.constexpr, TURN_A: tl.constexpr, TURN_B: tl.constexpr):
+    """total + a b, or their transposes."""
+    # of what is in shared memory, where turning costs nothing
+    a, b = tl.trans(a) if TURN_A else a, tl.trans(b) if TURN_B else b
+    return tl.dot(a, b, total, input_precision=PRECISION)
 
 
 @triton.jit
@@ -39,14 +64,7 @@ def inverse(A, C: tl.constexpr, INTERPRET: tl.constexpr):
 @triton.jit
 def merged(T, L, INTERPRET: tl.constexpr):
     """T - T L T."""
-    return T - product(T, product(L, T, INTERPRET), INTERPRET)
-
-
-@triton.jit
-def product(a, b, INTERPRET: tl.constexpr):
-    """a b of fp32 tiles to about 16 bits: in bf16, each as a sum of two, since tiles of 32 bits have another layout."""
-    if INTERPRET:
-        return tl.dot(a, b)
-    high_a, high_b = a.to(tl.bfloat16), b.to(tl.bfloat16)
-    low_a, low_b = (a - high_a.to(tl.float32)).to(tl.bfloat16), (b - high_b.to(tl.float32)).to(tl.bfloat16)
-    return tl.dot(high_a, high_b, tl.dot(high_a, low_b, tl.dot(low_a, high_b)))
+    # tiles of 32 bits have another layout
+    operand = tl.float32 if INTERPRET else tl.bfloat16
+    zero = tl.zeros(T.shape, tl.float32)
+    return T - fine(T, fine(L, T, zero, operand, "ieee"), zero, operand, "ieee")
