@@ -47,7 +47,12 @@ hybrid_attention = Op(
     in_triton("hybrid_attention"),
     in_triton("hybrid_attention_step"),
 )
-bidirectional_attention = Op(reference.bidirectional_attention, chunked.bidirectional_attention, examples.bidirectional)
+bidirectional_attention = Op(
+    reference.bidirectional_attention,
+    chunked.bidirectional_attention,
+    examples.bidirectional,
+    in_triton("bidirectional_attention"),
+)
 bidirectional_cross_entropy = Op(
     reference.bidirectional_cross_entropy, chunked.bidirectional_cross_entropy, examples.bidirectional_transfer
 )

@@ -14,6 +14,7 @@ from .. import chunked
 from .. import features as maps
 from ..chunked.tiles import real
 from ..specs import Features, State
+from .bidirectional import bidirectional_attention
 from .channel import channel_attention
 from .decay import WIDEST, decay_attention, require_gpu
 from .delta import delta_rule
@@ -26,6 +27,7 @@ from .transfer import attention_cross_entropy
 
 __all__ = [
     "attention_cross_entropy",
+    "bidirectional_attention",
     "channel_attention",
     "decay_attention",
     "delta_attention",
