@@ -67,7 +67,7 @@ class BidirectionalMixer(Mixer):
                 "bidirectional attention sees all tokens at once: it has no state to start from or to leave"
             )
         q, k = context.q, context.k
-        if context.hidden_states is not None:
+        if self.config.residual is not None:
             q, k = q + self.residual_q(context.hidden_states), k + self.residual_k(context.hidden_states)
         y = kernels.bidirectional_attention(
             q,
