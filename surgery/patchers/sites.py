@@ -20,8 +20,8 @@ MODEL_TYPE_PREFIX = "surgery_"
 SEE = "docs/models.md lists the models that are supported"
 BY_ITSELF = "computes attention by itself instead of through transformers' AttentionInterface"
 NO_DECODER = (
-    "has no causal self-attention, and this mixer lets tokens see those before them alone: encoders and denoisers take "
-    "the mixer bidirectional, as in the recipes bert/hedgehog and diffusion/linfusion"
+    "has no causal self-attention, and this mixer lets tokens see those before them alone: encoders take the mixer "
+    "bidirectional, as in the recipe bert/hedgehog, and denoisers as in diffusion/linfusion"
 )
 NO_ENCODER = (
     "has causal self-attention alone, and the mixer bidirectional would let its tokens see those that follow: take a "
