@@ -13,14 +13,16 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import configuration_auto, modeling_auto
 
+from . import denoisers
 from .cache import recurrent_layer
 from .errors import SurgeryError
+from .patchers.diffusion import is_denoiser
 from .patchers.families import FAMILIES, WRAPPERS
 from .patchers.interface import BIDIRECTIONAL, IMPLEMENTATION, converted_layers
 from .patchers.sites import MODEL_TYPE_PREFIX, SEE, find_family
@@ -180,7 +182,7 @@ def _auto_classes(config_cls: type[PreTrainedConfig]) -> Iterator[tuple[Any, lis
             yield auto, list(models) if isinstance(models, (list, tuple)) else [models]
 
 
-def original_name(model: PreTrainedModel) -> str:
+def original_name(model: Any) -> str:
     """Class name without conversion."""
     return _original(type(model)).__name__
 
@@ -188,12 +190,20 @@ def original_name(model: PreTrainedModel) -> str:
 def _original(cls: type) -> type:
     """What a generated class was generated from; any other class itself."""
     mro = cls.__mro__
-    mixin = next((mixin for mixin in (SurgicalModel, SurgicalConfig) if mixin in mro), None)
+    mixins = SurgicalModel, SurgicalConfig, denoisers.SurgicalDenoiser
+    mixin = next((mixin for mixin in mixins if mixin in mro), None)
     return cls if mixin is None else mro[mro.index(mixin) + 1]
 
 
-def convert_classes(model: PreTrainedModel, recipe: Recipe, layers: tuple[int, ...]) -> None:
-    """Swap the classes of a live model and its config for the generated ones, and note the recipe in the config."""
+def convert_classes(model: Any, recipe: Recipe, layers: tuple[int, ...]) -> None:
+    """Swap the classes of a live model and its config for the generated ones, and note the recipe in the config.
+
+    What is neither of transformers nor of diffusers has no config, and is left as it is.
+    """
+    if is_denoiser(model):
+        denoisers.convert_class(model, recipe, layers, FORMAT)
+    if not isinstance(model, PreTrainedModel):
+        return
     if not isinstance(model.config, SurgicalConfig):
         model.config.__class__ = config_class(type(model.config))
     register_models(type(model.config))
@@ -205,8 +215,12 @@ def convert_classes(model: PreTrainedModel, recipe: Recipe, layers: tuple[int, .
         model._keep_in_fp32_modules_strict = keep | set(SurgicalModel._keep_in_fp32_modules_strict)
 
 
-def restore_classes(model: PreTrainedModel) -> None:
+def restore_classes(model: Any) -> None:
     """Undo `convert_classes`."""
+    if isinstance(model, denoisers.SurgicalDenoiser):
+        denoisers.restore_class(model)
+    if not isinstance(model, PreTrainedModel):
+        return
     model.__class__ = _original(type(model))
     model._keep_in_fp32_modules_strict -= set(SurgicalModel._keep_in_fp32_modules_strict)
     del model.config.surgery
@@ -227,13 +241,18 @@ def softmax_twin(model: PreTrainedModel) -> PreTrainedModel:
     return twin.eval()
 
 
+def has_settings(model: Any) -> TypeGuard[PreTrainedModel]:
+    """Whether a converted model notes in its config what was done to it."""
+    return isinstance(model, (PreTrainedModel, denoisers.SurgicalDenoiser))
+
+
 def read_settings(config: Any) -> dict[str, Any]:
     """The `surgery` block of a converted config.
 
     Raises:
         SurgeryError: there is none, or a newer version wrote it.
     """
-    settings = getattr(config, "surgery", None)
+    settings = config.get("surgery") if isinstance(config, dict) else getattr(config, "surgery", None)
     if not isinstance(settings, dict) or not {"recipe", "layers"} <= settings.keys():
         raise SurgeryError(
             f"the config of type {getattr(config, 'model_type', '?')!r} has no `surgery` block with recipe and layers: "
@@ -249,18 +268,22 @@ def read_settings(config: Any) -> dict[str, Any]:
 def from_pretrained(
     name: str | os.PathLike, recipe: Any = None, *, layers: Any = None, **kwargs: Any
 ) -> PreTrainedModel:
-    """Load a checkpoint as a converted language model, multimodal ones included, or as a converted encoder.
+    """Load a checkpoint as a converted language model, multimodal ones included, as a converted encoder, or as a
+    converted denoiser of diffusers, alone or in its pipeline.
 
     With `recipe`, a softmax checkpoint is converted while it is read: the model is built with its mixers from the start
     and filled from the file, so no second copy of the weights exists. Without, `name` must be a converted checkpoint.
-    `kwargs` go to transformers' from_pretrained (dtype, device_map, revision ...).
+    `kwargs` go to transformers' or diffusers' from_pretrained (dtype, device_map, revision ...).
 
     Raises:
         RecipeError, UnsupportedModelError, SurgeryError: as `apply`; also a converted checkpoint with a recipe.
     """
     from .operate import _plan, remember_base
 
-    config = kwargs.pop("config", None) or AutoConfig.from_pretrained(name, **_hub_arguments(kwargs))
+    config = kwargs.pop("config", None)
+    if config is None and (index := denoisers.read_index(name, **_hub_arguments(kwargs))) is not None:
+        return denoisers.load(index, name, recipe, layers, _hub_arguments(kwargs), kwargs)
+    config = config or AutoConfig.from_pretrained(name, **_hub_arguments(kwargs))
     if recipe is None:
         if not isinstance(config, SurgicalConfig):
             raise SurgeryError(f"{name} is not a converted checkpoint: say which recipe to convert it with")

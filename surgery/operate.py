@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from . import adapters, hub, sharding
+from . import adapters, denoisers, hub, sharding
 from .errors import SurgeryError
 from .mixers.base import Mixer
 from .patchers.interface import (
@@ -64,8 +64,9 @@ class _Plan:
 def apply(model: Model, recipe: Recipe | str | dict | Any, *, layers: Layers = None) -> Model:
     """Swap the attention of `model` for the recipe's mixer, in place, and return `model`.
 
-    model: a Hugging Face model, alone or inside a PeftModel, a compiled module or a LightningModule; or any module
-        whose attention is torch.nn.MultiheadAttention or of a class given to `surgery.patchers.register`.
+    model: a Hugging Face model, alone or inside a PeftModel, a compiled module or a LightningModule; a denoiser of
+        diffusers, alone or in its pipeline; or any module whose attention is torch.nn.MultiheadAttention or of a class
+        given to `surgery.patchers.register`.
     recipe: a shipped name ("llama/lolcats"), a path to a YAML file, a dict or a `Recipe`.
     layers: indices of the layers to convert, negative ones from the end, or what `choose_layers` returned; None: the
         recipe's choice, by default all.
@@ -83,6 +84,7 @@ def apply(model: Model, recipe: Recipe | str | dict | Any, *, layers: Layers = N
     remember_base(plan.model)
     if not hasattr(type(model), "surgery") and model is not plan.model:
         setattr(model, "surgery", operation)  # noqa: B010
+        denoisers.register(model)
     return model
 
 
@@ -114,11 +116,12 @@ def revert(model: Model) -> Model:
         )
     if isinstance(inner, PreTrainedModel):
         use_masks(inner, operation.switch.implementation)
-        hub.restore_classes(inner)
+    hub.restore_classes(inner)
     for module in converted_layers(inner).values():
         unswap(module)
     for holder in {id(model): model, id(inner): inner}.values():
         holder.__dict__.pop("surgery", None)
+    denoisers.register(model)
     return model
 
 
@@ -196,7 +199,7 @@ def remember_base(model: nn.Module) -> None:
     operation = _operation(model)
     operation.fingerprints = _fingerprints(model)
     operation.adapters = frozenset(adapters.names(model))
-    if isinstance(model, PreTrainedModel):
+    if hub.has_settings(model):
         model.config.surgery["base"] = _digest(operation.fingerprints)
 
 
@@ -209,7 +212,7 @@ def base_is_original(model: PreTrainedModel) -> bool:
 def _check_base(model: nn.Module, operation: Operation) -> None:
     now, before = _fingerprints(model), operation.fingerprints
     changed = [name for name, value in now.items() if before.get(name, value) != value]
-    reloaded = isinstance(model, PreTrainedModel) and _digest(now) != model.config.surgery.get("base")
+    reloaded = hub.has_settings(model) and _digest(now) != model.config.surgery.get("base")
     if changed or reloaded:
         which = f"{len(changed)} base weights (e.g. {changed[0]})" if changed else "base weights"
         raise SurgeryError(
@@ -321,8 +324,7 @@ def _install(plan: _Plan, mixers: dict[int, Mixer]) -> Operation:
     operation = Operation(_report(plan, mixers), plan.recipe, plan.chosen, switch)
     for index, mixer in mixers.items():
         swap(plan.sites[index], mixer, switch)
-    if hosted:
-        hub.convert_classes(model, plan.recipe, plan.chosen)
+    hub.convert_classes(model, plan.recipe, plan.chosen)
     model.surgery = operation
     _enter(model, "student")
     return operation

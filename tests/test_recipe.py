@@ -15,6 +15,7 @@ SHIPPED = [
     "bert/hedgehog",
     "control/softmax-lora",
     "control/window-lora",
+    "diffusion/linfusion",
     "llama/calibrated",
     "llama/deltanet",
     "llama/gated-deltanet",

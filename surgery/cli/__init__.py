@@ -109,9 +109,13 @@ def _inspect(name: str, recipe: Recipe, layers: list[int] | None) -> Any:
 
     import surgery
 
+    from ..denoisers import skeleton
     from ..hub import auto_class
 
     with loading("model", name):
+        denoiser = skeleton(name)
+        if denoiser is not None:
+            return surgery.inspect(denoiser, recipe, layers=layers)
         config = AutoConfig.from_pretrained(name)
     with torch.device("meta"):
         return surgery.inspect(auto_class(config, recipe.causal).from_config(config), recipe, layers=layers)

@@ -302,7 +302,7 @@ def _projected_l2(module: nn.Module, student: Tensor, teacher: Tensor, real: Ten
     """Mean over the real tokens of ‖h_t - h_s‖ / √C between hidden states after the output projection (RADLADS)."""
     if module.surgery_family.o is None:
         raise SurgeryError(f"projected_l2 compares after the output projection, which {type(module).__name__} lacks")
-    project = getattr(module, module.surgery_family.o)
+    project = module.get_submodule(module.surgery_family.o)
     with torch.no_grad():
         wanted = project(teacher.flatten(2))
     frozen = {name: p.detach() for name, p in project.named_parameters() if p.requires_grad}

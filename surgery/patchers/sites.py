@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from ..errors import UnsupportedModelError
 from ..mixers.base import AttentionShape
-from . import plain
+from . import diffusion, plain
 from .families import ALIBI, FAMILIES, REFUSED, WRAPPERS, Family, size
 from .interface import IMPLEMENTATION, Site, Surgical, converted_layers, original_class
 from .registry import how_to_register
@@ -21,7 +21,7 @@ SEE = "docs/models.md lists the models that are supported"
 BY_ITSELF = "computes attention by itself instead of through transformers' AttentionInterface"
 NO_DECODER = (
     "has no causal self-attention, and this mixer lets tokens see those before them alone: encoders take the mixer "
-    "bidirectional, as in the recipe bert/hedgehog"
+    "bidirectional, as in the recipe bert/hedgehog, and denoisers as in diffusion/linfusion"
 )
 NO_ENCODER = (
     "has causal self-attention alone, and the mixer bidirectional would let its tokens see those that follow: take a "
@@ -47,12 +47,13 @@ def text_model_type(config: Any) -> str:
 
 
 def find_model(model: nn.Module) -> Any:
-    """The one Hugging Face model in `model`: itself, or inside a PeftModel, a compiled module, a LightningModule; where
-    there is none, the module that holds registered attention.
+    """The one Hugging Face model in `model`: itself, or inside a PeftModel, a compiled module, a LightningModule, a
+    pipeline of diffusers; where there is none, the module that holds registered attention.
 
     Raises:
         UnsupportedModelError: there is none, there are several, or `model` was wrapped for distribution unconverted.
     """
+    model = diffusion.denoiser_of(model)
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(
             f"surgery operates on torch modules, not on {type(model).__name__}: pass a loaded model, or use "
@@ -65,10 +66,10 @@ def find_model(model: nn.Module) -> Any:
                 f"{path or 'the model'} is already wrapped by {type(module).__name__}: apply surgery before wrapping, "
                 "so that new parameters are wrapped too"
             )
-    found: dict[str, PreTrainedModel] = {}
+    found: dict[str, nn.Module] = {}
     for path, module in model.named_modules():
         nested = any(path.startswith(f"{outer}." if outer else "") for outer in found)
-        if isinstance(module, PreTrainedModel) and not nested:
+        if (isinstance(module, PreTrainedModel) or diffusion.is_denoiser(module)) and not nested:
             found[path] = module
     if not found and (holder := plain.find_model(model)) is not None:
         return holder
@@ -103,6 +104,10 @@ def find_sites(model: nn.Module, causal: bool = True) -> list[Site]:
             f"this {name} is already converted (to {converted.mixer.describe()}): call surgery.revert(model) first, or "
             "load the original again"
         )
+    if diffusion.is_denoiser(model):
+        if causal:
+            raise UnsupportedModelError(f"{name} {NO_DECODER}")
+        return diffusion.find_sites(model)
     if not isinstance(model, PreTrainedModel):
         if not causal:
             raise UnsupportedModelError(f"{name} is no Hugging Face model, and recipes for encoders convert no others")
@@ -136,6 +141,8 @@ def projections(model: nn.Module, roles: Iterable[str]) -> list[str]:
 
     A fused projection plays several roles and is listed once.
     """
+    if diffusion.is_denoiser(model):
+        return diffusion.projections(model, list(roles))
     if not isinstance(model, PreTrainedModel):
         return plain.projections(model, roles)
     family = _family(model)

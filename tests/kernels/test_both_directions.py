@@ -40,13 +40,13 @@ def visible(shape: Shape, mask, segments) -> torch.Tensor:
     return seen.unsqueeze(1)
 
 
-def weights(arguments: dict, seen: torch.Tensor) -> torch.Tensor:
-    """[B, H, T, T] normalised linear weights."""
+def weights(arguments: dict, seen: torch.Tensor, eps: float = 0.0) -> torch.Tensor:
+    """[B, H, T, T] normalised linear weights. eps: what the normaliser gets for each token that is seen."""
     phi_q = maps.apply(arguments["features_q"], arguments["q"])
     phi_k = maps.apply(arguments["features_k"], arguments["k"])
     phi_k = phi_k.repeat_interleave(phi_q.shape[2] // phi_k.shape[2], 2)
     a = torch.einsum("bihf,bjhf->bhij", phi_q, phi_k) * seen
-    return a / a.sum(-1, True).clamp(min=1e-300)
+    return a / (a + eps * seen.to(a.dtype)).sum(-1, True).clamp(min=1e-300)
 
 
 CASES = [(shape, padded, packed) for shape in SHAPES for padded in (False, True) for packed in (False, True)]
@@ -59,10 +59,10 @@ def test_attention_is_a_weighted_mean(shape, padded, packed, backend):
     segments = documents(shape) if packed else None
     arguments = call(shape)
     values = arguments["v"].repeat_interleave(shape.heads // shape.kv_heads, 2)
-    expected = torch.einsum("bhij,bjhd->bihd", weights(arguments, visible(shape, mask, segments)), values)
+    expected = torch.einsum("bhij,bjhd->bihd", weights(arguments, visible(shape, mask, segments), 0.2), values)
     real = torch.ones(shape.batch, shape.tokens) if mask is None else mask
 
-    y = getattr(kernels.bidirectional_attention, backend)(**arguments, mask=mask, segments=segments)
+    y = getattr(kernels.bidirectional_attention, backend)(**arguments, mask=mask, segments=segments, eps=0.2)
     assert difference(y * real[:, :, None, None], expected * real[:, :, None, None]) < 1e-10
 
 

@@ -14,8 +14,8 @@ from surgery.mixers import Mixer, MixerConfig
 ENCODER = replace(SHAPE, kv_heads=SHAPE.heads, causal=False)
 
 
-def build(**feature_map) -> Mixer:
-    config = {"kind": "bidirectional", "feature_map": feature_map}
+def build(options: dict | None = None, **feature_map) -> Mixer:
+    config = {"kind": "bidirectional", "feature_map": feature_map} | (options or {})
     return TypeAdapter(MixerConfig).validate_python(config).build(ENCODER).double()
 
 
@@ -56,8 +56,13 @@ def test_features_learn_the_softmax():
     assert losses[-1] < losses[0] and error() < before / 2
 
 
-def test_order_padding_and_packing():
-    mixer, call = build(kind="hedgehog"), context(20, shape=ENCODER)
+@pytest.mark.parametrize("options", [{}, {"eps": 0.5, "residual": {"reduction": 2}}], ids=["plain", "residual"])
+def test_order_padding_and_packing(options):
+    mixer, call = build(options, kind="hedgehog"), context(20, shape=ENCODER)
+    torch.manual_seed(0)
+    for name, parameter in mixer.named_parameters():
+        if name.startswith("residual"):
+            torch.nn.init.normal_(parameter)
     whole = mixer(call)[0]
     order = torch.randperm(20, generator=torch.Generator().manual_seed(0))
     assert close(mixer(call.map(lambda x: x[:, order]))[0], whole[:, order])
@@ -67,6 +72,18 @@ def test_order_padding_and_packing():
     packed = mixer(replace(call, segments=(torch.arange(20) >= 9).long().expand(2, -1)))[0]
     parts = [mixer(call.map(lambda x, part=part: x[:, part]))[0] for part in (slice(0, 9), slice(9, 20))]
     assert close(packed, torch.cat(parts, 1))
+
+
+def test_residuals_start_at_zero_and_move_queries_and_keys():
+    call, plain = context(12, shape=ENCODER), build(kind="elu1")
+    mixer = build({"residual": {}}, kind="elu1")
+    assert mixer.needs == {"hidden_states"} and not plain.needs
+    assert torch.equal(mixer(call)[0], plain(call)[0])
+    with torch.no_grad():
+        mixer.residual_q.up_bias.add_(1)
+        mixer.residual_k.up_bias.add_(2)
+    moved = replace(call, q=call.q + 1, k=call.k + 2)
+    assert close(mixer(call)[0], plain(moved)[0])
 
 
 def test_it_has_no_state():

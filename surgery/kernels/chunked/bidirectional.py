@@ -36,7 +36,21 @@ def bidirectional_attention(
         before = _sweep(phi_q, phi_k, values, segments, 0)
         after = _sweep(phi_q.flip(1), phi_k.flip(1), values.flip(1), segments.flip(1), -1)
         sums = before + after.flip(1)
-    return (sums[..., :-1] / (sums[..., -1:] + eps)).to(q.dtype)
+    floor = eps * _partners(mask, segments, sums)
+    return (sums[..., :-1] / (sums[..., -1:] + floor)).to(q.dtype)
+
+
+def _partners(mask: Tensor | None, segments: Tensor | None, like: Tensor) -> Tensor | int:
+    """How many tokens each token of [B, T, H, D] sees, at least one."""
+    if mask is None and segments is None:
+        return like.shape[1]
+    ones = like.new_ones(like.shape[:2]) if mask is None else mask.to(like.dtype)
+    starts = torch.zeros_like(ones, dtype=torch.int64)
+    if segments is not None:
+        starts[:, 1:] = segments.diff(dim=1) != 0
+    document = starts.cumsum(1)
+    counts = torch.zeros_like(ones).scatter_add(1, document, ones).gather(1, document)
+    return counts.clamp(min=1).view(*counts.shape, 1, 1)
 
 
 def _sweep(phi_q: Tensor, phi_k: Tensor, values: Tensor, segments: Tensor, diagonal: int) -> Tensor:

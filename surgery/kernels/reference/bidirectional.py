@@ -26,7 +26,9 @@ def bidirectional_attention(
 ) -> Tensor:
     """Normalised linear attention without causality:
 
-        y_i = φ(q_i) Σ_j φ(k_j)ᵀ v_j / (φ(q_i)·Σ_j φ(k_j) + eps),   j over the real tokens of i's document.
+        y_i = φ(q_i) Σ_j φ(k_j)ᵀ v_j / Σ_j (φ(q_i)·φ(k_j) + eps),   j over the real tokens of i's document.
+
+    eps is a part of the mean weight, not of the sum, so that y does not depend on how many times all tokens are there.
 
     q: [B, T, H, D]; k: [B, T, H_kv, D]; v: [B, T, H_kv, D_v]. Query head h reads key head h // (H / H_kv).
     mask: [B, T] bool, True at real tokens, wherever padding stands; None: all are real.
@@ -43,7 +45,7 @@ def bidirectional_attention(
             S = sum(torch.einsum("hf,hd->hfd", phi_k[b, j], values[b, j]) for j in seen)
             z = sum(phi_k[b, j] for j in seen)
             query = phi_q[b, i].unflatten(0, (phi_k.shape[2], -1))
-            norm = torch.einsum("hgf,hf->hg", query, z).unsqueeze(-1) + eps
+            norm = torch.einsum("hgf,hf->hg", query, z).unsqueeze(-1) + eps * len(seen)
             outputs[i] = (torch.einsum("hgf,hfd->hgd", query, S) / norm).flatten(0, 1)
         rows.append(torch.stack(outputs))
     return torch.stack(rows).to(q.dtype)
