@@ -42,7 +42,7 @@ QUICK = {"tokens": 128, "batch_size": 2, "accumulate": 1, "sequence_length": 64}
 @dataclass(frozen=True)
 class Row:
     """One conversion. recipe: None: the model as it is. changes: what differs from the recipe. tokens: of all stages
-    together, in the proportions they have; None: as they are. control: name of the row that lacks the branch alone;
+    that train, in the proportions they have; None: as they are. control: name of the row that lacks the branch alone;
     None: the common one.
     """
 
@@ -55,11 +55,11 @@ class Row:
 
     def settings(self, quick: bool) -> dict[str, Any]:
         """All that is given to --set."""
-        stages = load_recipe(self.recipe).override(self.changes).stages
-        own = [stage.tokens for stage in stages]
+        recipe = load_recipe(self.recipe).override(self.changes)
+        own = [stage.tokens for stage in recipe.training]
         parts = own if all(own) else [1] * len(own)
         changes = dict(self.changes)
-        for index, part in enumerate(parts):
+        for index, part in enumerate(parts, len(recipe.stages) - len(own)):  # a calibration comes first
             if self.tokens is not None:
                 changes |= {f"stages.{index}.tokens": self.tokens * part // sum(parts), f"stages.{index}.epochs": None}
             if quick:
@@ -79,6 +79,7 @@ def commands(row: Row, chosen: argparse.Namespace) -> list[list[str]]:
     sizes = ["--length", "1024", "--batch-size", "16"]
     if chosen.quick:
         sizes = ["--quick", "--length", "128", "--copy-tokens", "40"]
+    sizes += ([] if chosen.windows is None else ["--windows", str(chosen.windows)]) + ["--no-probes"] * chosen.no_probes
     evaluation = [*surgery, "evaluate", str(model if row.recipe else chosen.model), *sizes]
     evaluation += [*_repeat("--data", held), *_repeat("--tasks", chosen.tasks)]
     evaluation += ["--out", str(chosen.out / "models" / f"{row.name}-evaluation")]
@@ -96,13 +97,13 @@ def _repeat(flag: str, values: Sequence[Any]) -> list[str]:
 
 
 def run(rows: Sequence[Row], chosen: argparse.Namespace) -> int:
-    """Run the rows that are not done, none of them started after `seconds`; returns how many failed."""
+    """Run the rows that are not done, none of them started after `minutes`; returns how many failed."""
     began, logs = time.monotonic(), chosen.out / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     variables = {"OMP_NUM_THREADS": "2", "TOKENIZERS_PARALLELISM": "false", **os.environ}
 
     def one(row: Row) -> str:
-        if time.monotonic() - began > chosen.seconds:
+        if time.monotonic() - began > 60 * chosen.minutes:
             return f"{row.name}: no time left"
         started, log = time.monotonic(), logs / f"{row.name}.log"
         with log.open("w") as stream:
@@ -143,7 +144,7 @@ def gather(rows: Sequence[Row], out: Path, prefix: Path) -> None:
     done = {row.name: json.loads((out / f"{row.name}.json").read_text()) for row in rows if is_done(row, out)}
     if not done:
         return
-    result = {"environment": environment(), "rows": done}
+    result = {"environment": environment(), "rows": done, "missing": [row.name for row in rows if row.name not in done]}
     _write(prefix.with_suffix(".json"), json.dumps(result, separators=(",", ":")) + "\n")
     _write(prefix.with_suffix(".md"), report(result))
     plot(done, prefix.with_suffix(".png"))
@@ -168,7 +169,9 @@ def main(given: list[str] | None = None, rows: Sequence[Row] | None = None, abou
     parser.add_argument("--only", nargs="*", default=[])
     parser.add_argument("--tasks", nargs="*", default=[])
     parser.add_argument("--jobs", type=int, default=4)
-    parser.add_argument("--seconds", type=float, default=1e9, help="start no row after these")
+    parser.add_argument("--minutes", type=float, default=1e9, help="start no row after these")
+    parser.add_argument("--windows", type=int, help="of each domain that are evaluated; all")
+    parser.add_argument("--no-probes", action="store_true", help="evaluate losses, copies and history alone")
     parser.add_argument("--quick", action="store_true", help="two steps a stage, to see that every row runs")
     chosen = parser.parse_args(given)
     known = read_rows(chosen.rows) if rows is None else list(rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,34 @@ def summary(rows: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def course(rows: dict[str, Any]) -> str | None:
+    """Markdown, one line a row: held-out loss while it was made, what that is worth, and how fast it went; None: rows
+    made before losses were taken on the way."""
+    found, (softmax, common) = evaluations(rows), ends(rows)
+    heads = ["row", "calibrated", "at the start", "after transfer", "at the end", "gap, common", "copy, 2nd - 1st"]
+    heads += ["tokens/s", "all finite"]
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for name, row in rows.items():
+        training = [stage for stage in row.get("stages", []) if stage["kind"] != "calibrate"]
+        taken = [stage.get("nll") or [] for stage in training]
+        if not any(taken):
+            continue
+        # what a transfer left is what adapters start from
+        moved = taken[-1][:1] if len(training) > 1 and training[-1]["kind"] == "lora" else []
+        cells = [name, "yes" if len(training) < len(row["stages"]) else "no"]
+        cells += [f"{nll[0][1]:.3f}" if nll else "–" for nll in (taken[0][:1], moved, taken[-1][-1:])]
+        domains = list(found[name].domains.values()) if name in found else []
+        copy = domains[0].copy if domains else None
+        cells += [_percent(gap(found, name, common, softmax))]
+        cells += ["–" if copy is None else f"{copy.second - copy.first:+.3f}"]
+        tokens, seconds = (sum(stage[key] for stage in training) for key in ("tokens", "seconds"))
+        losses = [loss for stage, nll in zip(training, taken, strict=True) for _, loss in [*stage["losses"], *nll]]
+        finite = all(map(math.isfinite, [*losses, *(domain.nll for domain in domains)]))
+        cells += [f"{tokens / max(1e-9, seconds):,.0f}", "yes" if finite else "NO"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) if len(lines) > 2 else None
+
+
 def _percent(ratio: Ratio | None) -> str:
     return "–" if ratio is None else f"{100 * ratio.value:.1f} ± {100 * (ratio.stderr or 0):.1f} %"
 
@@ -77,7 +106,10 @@ def report(result: dict[str, Any]) -> str:
     sources = ", ".join(dict.fromkeys(f"{e.provenance['source']} on {e.provenance['device']}" for e in found.values()))
     tables = [positions_table(found, found.get(softmax or "")), *probe_tables(found)]
     note = "Losses are nats per token; ± is a standard error. State and KV are bytes of one sequence of a window."
-    return "\n\n".join([summary(rows), note, *map(as_markdown, tables), f"{sources}; {versions}"]) + "\n"
+    made = [part for part in (course(rows),) if part is not None]
+    missing = result.get("missing", []) if "rows" in result else []
+    made += [f"Not done, or failed: {', '.join(missing)}."] if missing else []
+    return "\n\n".join([*made, summary(rows), note, *map(as_markdown, tables), f"{sources}; {versions}"]) + "\n"
 
 
 def plot(rows: dict[str, Any], path: Path) -> None:

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import zoo
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from benchmarks import forms, quality
+from benchmarks import forms, quality, recipes
 from benchmarks.quality import Row
-from benchmarks.quality_report import ends, gap, report
+from benchmarks.quality_report import course, ends, gap, report
+from surgery.cli import app
 from surgery.evaluation import Evaluation, gap_closed
-from surgery.recipe import load_recipe
+from surgery.recipe import list_recipes, load_recipe
 
 FORMS = Path(forms.__file__).parent / "results" / "forms.json"
 ROWS = """
@@ -85,11 +88,13 @@ def test_commands_say_all_that_a_row_is(tmp_path):
     for part in ("train", "val"):
         (tmp_path / f"a.{part}.npy").touch()
     chosen = argparse.Namespace(model=Path("m"), tokens=tmp_path, out=tmp_path, quick=False, tasks=["piqa"])
+    chosen.windows, chosen.no_probes = 3, True
     row = Row("x", "llama/logmass", {"mixer.window.sinks": 4}, seed=2, tokens=1000)
     convert, evaluate = quality.commands(row, chosen)
     assert convert[convert.index("--seed") + 1] == "2" and f"{tmp_path}/a.train.npy" in convert
     sets = [convert[i + 1] for i, word in enumerate(convert) if word == "--set"]
     assert {"mixer.window.sinks=4", "stages.0.tokens=500", "stages.1.tokens=500"} <= set(sets)
+    assert evaluate[evaluate.index("--windows") + 1] == "3" and "--no-probes" in evaluate
     assert evaluate[evaluate.index("--tasks") + 1] == "piqa" and f"{tmp_path}/a.train.npy" not in evaluate
     (tmp_path / "models" / "x").mkdir(parents=True)
     (tmp_path / "models" / "x" / "healing.json").touch()
@@ -105,6 +110,62 @@ def test_rows_of_the_form_search_fit_their_recipes():
         for quick in (False, True):
             recipe = load_recipe(row.recipe).override(row.settings(quick))
             assert not quick or {stage.tokens for stage in recipe.stages} == {128}
+
+
+def test_every_recipe_has_its_rows_within_the_budget():
+    rows = recipes.rows(4_000_000)
+    causal = [name for name in list_recipes() if load_recipe(name).causal]
+    assert list(dict.fromkeys(row.recipe for row in rows)) == causal and "bert/hedgehog" not in causal
+    kinds: dict[str, list[bool]] = {}
+    for row in rows:
+        recipe = load_recipe(row.recipe).override(row.settings(quick=False))
+        controls = row.recipe.startswith("control/")
+        assert sum(stage.tokens for stage in recipe.training) == (2_000_000 if controls else 4_000_000)
+        assert all((stage.batch_size, stage.sequence_length) == (8, 1024) for stage in recipe.training)
+        assert all(getattr(stage.schedule, "warmup", 0) <= stage.tokens / 8192 / 10 for stage in recipe.training)
+        kinds.setdefault(row.recipe, []).append(len(recipe.training) < len(recipe.stages))
+        quick = load_recipe(row.recipe).override(row.settings(quick=True))
+        assert {stage.tokens for stage in quick.training} == {128}
+    # the published gates of Liger cannot set themselves; what has a calibration of its own is also run without
+    assert kinds["llama/liger-gla"] == [False] and kinds["llama/calibrated"] == [False, True]
+
+
+def test_a_recipe_is_run_calibrated_and_its_course_told(toy, tmp_path, capsys, monkeypatch):
+    def here(command: list[str], **options) -> subprocess.CompletedProcess:
+        assert command[1:3] == ["-m", "surgery.cli"]
+        app(command[3:], standalone_mode=False)
+        return subprocess.CompletedProcess(command, 0)
+
+    # without a process, whose start takes longest
+    monkeypatch.setattr(quality, "subprocess", SimpleNamespace(run=here, STDOUT=subprocess.STDOUT))
+    name = "llama-lizard-calibrated"
+    with pytest.raises(SystemExit) as stopped:
+        recipes.run(
+            [*map(str, (toy / "model", toy / "tokens", tmp_path / "out")), "--quick", "--no-probes", "--only", name]
+        )
+    assert stopped.value.code == 0, capsys.readouterr().out
+    result = json.loads((tmp_path / "out" / "results.json").read_text())
+    stages = result["rows"][name]["stages"]
+    assert [stage["kind"] for stage in stages] == ["calibrate", "attention_transfer", "lora"]
+    start, moved, end = stages[1]["nll"][0][1], stages[2]["nll"][0][1], stages[2]["nll"][1][1]
+    text = (tmp_path / "out" / "results.md").read_text()
+    assert f"| {name} | yes | {start:.3f} | {moved:.3f} | {end:.3f} | – |" in text
+    assert "Not done, or failed: control-softmax-lora, " in text
+
+
+def test_a_course_tells_what_is_not_a_number():
+    stage = {"kind": "lora", "tokens": 10, "seconds": 2, "losses": [[1, 1.0]], "nll": [[0, 2.0], [1, 1.0]]}
+    broken = {**stage, "losses": [[1, float("nan")]]}
+    blocks = {**stage, "kind": "attention_transfer", "nll": []}
+    rows = {name: {"recipe": "x", "stages": made} for name, made in (
+        ("a", [stage]), ("b", [broken]), ("c", [blocks, stage]), ("old", [{**stage, "nll": []}]),
+    )}  # fmt: skip
+    assert course(rows).splitlines()[2:] == [
+        "| a | no | 2.000 | – | 1.000 | – | – | 5 | yes |",
+        "| b | no | 2.000 | – | 1.000 | – | – | 5 | NO |",
+        "| c | no | – | 2.000 | 1.000 | – | – | 5 | yes |",
+    ]
+    assert course({"old": rows["old"]}) is None
 
 
 def test_gaps_are_those_of_the_evaluations(capsys):

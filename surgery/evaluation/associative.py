@@ -8,7 +8,7 @@ a vocabulary and a text give the same sequences, and only those compare.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,11 +55,13 @@ def known_words(corpora: Mapping[str, np.ndarray], special: set[int | None], tok
     return torch.tensor(sorted(kept[:WORDS]), dtype=torch.int64)
 
 
-def pair_sequences(words: Tensor, length: int, rows: int, start: int | None, seed: int = 0) -> Iterator[Sequences]:
+def pair_sequences(
+    words: Tensor, length: int, rows: int, start: int | None, seed: int = 0, counts: Sequence[int] = PAIRS
+) -> Iterator[Sequences]:
     """Key, value, key, value ..., then all keys in another order, each followed by its value; for every number of pairs
     that `length` and `words` [W] have room for. No two keys and values of a sequence are the same token."""
     front = 0 if start is None else 1
-    for count in PAIRS:
+    for count in counts:
         if front + 4 * count > length or 2 * count > len(words):
             return
         generator = torch.Generator().manual_seed(seed)

@@ -244,7 +244,7 @@ def _train(
     module = HealingModule(network, own, steps=steps, transfer=transfer, shards=shards)
     every = stage.schedule.every if isinstance(stage.schedule, Plateau) else max(1, steps // 10)
     held = data.val_dataloader()
-    validation = Validation(held if relay is None else relay.held(held), every)
+    validation = Validation(held if relay is None else relay.held(held), every, whole=relay is None)
     # how much of the work the linear branch does; `Watch` looks out for losses that are no number
     monitored = relay is None and converted_layers(network)
     monitor = BranchMonitor(every, guard=False) if monitored else None
@@ -257,9 +257,9 @@ def _train(
     began = time.monotonic()
     _fit(trainer, module, data, checkpoint, options)
 
-    tokens = steps * stage.batch_size * stage.accumulate * stage.sequence_length
+    tokens, seconds = steps * stage.batch_size * stage.accumulate * stage.sequence_length, time.monotonic() - began
     return StageResult(
-        stage.kind, steps, tokens, round(time.monotonic() - began, 1), module.learning, validation.history
+        stage.kind, steps, tokens, round(seconds, 1), module.learning, validation.history, validation.nll
     )
 
 

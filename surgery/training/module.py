@@ -85,6 +85,10 @@ class HealingModule(LightningModule):
         """The transfer loss, or nats per token."""
         if self.transfer is not None:
             return self.transfer.transfer(self, lambda: self._run(batch))[1]
+        return self.nll(batch)
+
+    def nll(self, batch: dict[str, Tensor]) -> Tensor:
+        """Nats per token of the converted model, whatever the stage trains."""
         return cross_entropy(self.model(**model_inputs(batch, labels=False)).logits, batch["labels"])
 
     def configure_optimizers(self) -> Any:

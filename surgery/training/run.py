@@ -16,7 +16,8 @@ from .processes import Team
 
 @dataclass
 class StageResult:
-    """What one stage did. losses: validation, (step, loss) each."""
+    """What one stage did. losses: validation, (step, loss) each. nll: nats per token of the same rows, before the first
+    step and after the last; empty where no process has a whole model."""
 
     kind: str
     steps: int
@@ -24,6 +25,7 @@ class StageResult:
     seconds: float
     parameters: int
     losses: list[tuple[int, float]] = field(default_factory=list)
+    nll: list[tuple[int, float]] = field(default_factory=list)
 
 
 class Run:

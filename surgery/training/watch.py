@@ -35,12 +35,19 @@ class StepCallback(Callback):
 class Validation(StepCallback):
     """Takes the loss over held-out rows every `every` steps and at the end, and tells a plateau schedule.
 
+    whole: the module has a whole model, whose nats per token are taken before the first step and after the last.
     Not lightning's own loop: what a schedule learns here must be in the checkpoint written after the same step.
     """
 
-    def __init__(self, batches: Iterable[dict[str, Tensor]], every: int) -> None:
-        self.batches, self.every = batches, every
+    def __init__(self, batches: Iterable[dict[str, Tensor]], every: int, whole: bool = True) -> None:
+        self.batches, self.every, self.whole = batches, every, whole
         self.history: list[tuple[int, float]] = []
+        self.nll: list[tuple[int, float]] = []
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, HealingModule)
+        if self.whole and trainer.global_step == 0:
+            self.nll = [(0, self.loss(pl_module, pl_module.nll))]
 
     def after_step(self, trainer: Trainer, module: HealingModule, step: int) -> None:
         if step % self.every and step != module.steps:
@@ -50,25 +57,29 @@ class Validation(StepCallback):
         module.log("val_loss", loss, prog_bar=True)
         if module.plateau is not None:
             module.plateau.step(loss)
+        if self.whole and step == module.steps:
+            nll = loss if module.transfer is None else self.loss(module, module.nll)
+            self.nll = [*self.nll[:1], (step, nll)]
 
     @torch.no_grad()
-    def loss(self, module: HealingModule) -> float:
-        """Mean over all rows."""
+    def loss(self, module: HealingModule, of: Callable[[dict[str, Tensor]], Tensor] | None = None) -> float:
+        """Mean over all rows, of the validation loss unless told otherwise."""
+        of = of or module.validation_loss
         total, rows, training = 0.0, 0, module.model.training
         module.model.eval()
         for batch in self.batches:
             batch = module.transfer_batch_to_device(batch, module.device, 0)
             with module.trainer.precision_plugin.forward_context():
-                total += float(module.validation_loss(batch)) * len(batch["ids"])
+                total += float(of(batch)) * len(batch["ids"])
             rows += len(batch["ids"])
         module.model.train(training)
         return total / rows
 
     def state_dict(self) -> dict[str, Any]:
-        return {"history": self.history}
+        return {"history": self.history, "nll": self.nll}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.history = list(state_dict["history"])
+        self.history, self.nll = list(state_dict["history"]), list(state_dict["nll"])
 
 
 class Checkpoints(StepCallback):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from mixer_cases import SHAPE, build, close, context
@@ -9,6 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 from torch.nn import functional
 
 from surgery.mixers import MixerConfig
+from surgery.mixers.decays import NoDecay
 
 ALONE = {"window": None, "mix": None}
 
@@ -78,3 +81,27 @@ ERRORS = {
 def test_mistakes_are_explained(config, message):
     with pytest.raises(ValidationError, match=message):
         parse(config)
+
+
+@pytest.mark.parametrize("name", ["delta", "gated-delta", "kda"])
+def test_orthonormal_keys_recall_their_values_exactly(name):
+    """With β = 1 and nothing forgotten a full state holds one value a key; what a key had before leaves no trace."""
+    mixer = build(name, **ALONE, feature_map={"kind": "identity"})
+    call, heads = context(24), SHAPE.kv_heads
+    basis = torch.linalg.qr(torch.randn(2, heads, 8, 8, generator=torch.Generator().manual_seed(3)).double()).Q
+    # each key twice with different values, then once more to be asked for with whatever value
+    k = basis.transpose(1, 2).repeat(1, 3, 1, 1)
+    call = replace(call, raw_k=k, raw_q=k.repeat_interleave(SHAPE.groups, 2))
+    with torch.no_grad():
+        mixer.beta.weight.zero_()
+        mixer.beta.bias.fill_(60)
+    mixer.gate = NoDecay(heads)
+    y = mixer(call)[0]
+    written = call.v.repeat_interleave(SHAPE.groups, 2)
+    assert close(y, written)
+    _, state = mixer(call.map(lambda x: x[:, :16]), return_state=True)
+    asked = call.map(lambda x: x[:, 16:])
+    silent = replace(asked, v=torch.zeros_like(asked.v))
+    with torch.no_grad():
+        mixer.beta.bias.fill_(-800)
+    assert close(mixer(silent, state)[0], written[:, 8:16])

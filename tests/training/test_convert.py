@@ -145,6 +145,11 @@ def test_the_result_is_a_whole_checkpoint(inputs, whole):
     )
     assert healing["stages"][0]["parameters"] == mixers
     assert healing["stages"][0]["losses"][-1][1] < healing["stages"][0]["losses"][0][1]
+    (first, transferred), (begun, healed) = (stage["nll"] for stage in healing["stages"])
+    assert (first[0], transferred[0], begun[0], healed[0]) == (0, 12, 0, 12)
+    # adapters begin as nothing; the temperature takes its last step after the last look
+    assert begun[1] == pytest.approx(transferred[1], rel=1e-2) and first[1] != begun[1]
+    assert healed == healing["stages"][1]["losses"][-1] and healed[1] < begun[1]
     assert healing["merge"] < 1e-5
     card = (whole / "README.md").read_text()
     assert "| lora | 12 |" in card
