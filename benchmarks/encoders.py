@@ -3,10 +3,10 @@
     python -m benchmarks.encoders MODEL --text FILE ... --sst2 TRAIN DEV [--out FOLDER]
 
 MODEL is a BERT-like folder whose mean over tokens is a sentence embedding, as all-MiniLM-L6-v2. It is converted by
-`bert/hedgehog` and healed by its two stages: features learn the attention weights, then adapters keep the embedding where
-the softmax model has it. Sentences of FILE (.txt, .jsonl, also .xz) that were held out are embedded by both. Then both
-are trained on SST-2 alike, all weights (lines of sentence TAB label). Writes encoders.json and encoders.md; `--quick`
-runs a random model on anything.
+`bert/hedgehog` and healed by its two stages: features learn the attention weights, then adapters keep the embedding
+where the softmax model has it. Sentences of FILE (.txt, .jsonl, also .xz) that were held out are embedded by both. Then
+both are trained on SST-2 alike, all weights (lines of sentence TAB label). Writes encoders.json and encoders.md;
+`--quick` runs a random model on anything.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from benchmarks import encoders
 
 STORY = "The cat sat on the mat. It was a very good cat! Did the dog {0} see it there? No, said the {0} dog to them."
 
-WORDS = "big small red green old young kind shy".split()
+WORDS = ["big", "small", "red", "green", "old", "young", "kind", "shy"]
 
 
 @pytest.fixture
