@@ -46,26 +46,26 @@ Batch = dict[str, Tensor]
 Encode = Callable[[list[str]], Batch]
 
 
-def read(path: Path) -> str:
+def lines(path: Path) -> list[str]:
+    """Of a text file; of a .jsonl, every value's; also packed as .xz."""
     data = path.read_bytes()
-    return (lzma.decompress(data) if path.suffix == ".xz" else data).decode()
+    found = (lzma.decompress(data) if path.suffix == ".xz" else data).decode().splitlines()
+    if ".jsonl" not in path.suffixes:
+        return found
+    return [line for row in found for value in json.loads(row).values() for line in str(value).splitlines()]
 
 
 def sentences(paths: Iterable[Path]) -> list[str]:
     """Different sentences of 4 to 40 words, in an order that seed 0 draws."""
     found: set[str] = set()
-    for path in paths:
-        lines = read(path).splitlines()
-        if ".jsonl" in path.suffixes:
-            lines = [str(value) for line in lines for value in json.loads(line).values()]
-        for line in lines:
-            parts = (part.strip() for part in re.split(r"(?<=[.!?])\s+", line))
-            found |= {part for part in parts if 4 <= len(part.split()) <= 40 and not part.startswith("=")}
+    for line in (line for path in paths for line in lines(path)):
+        parts = (part.strip() for part in re.split(r"(?<=[.!?])\s+", line))
+        found |= {part for part in parts if 4 <= len(part.split()) <= 40 and not part.startswith("=")}
     return random.Random(0).sample(sorted(found), len(found))
 
 
 def labelled(path: Path) -> list[tuple[str, int]]:
-    rows = (line.rsplit("\t", 1) for line in read(path).splitlines()[1:])
+    rows = (line.rsplit("\t", 1) for line in lines(path)[1:])
     return [(text.strip(), int(label)) for text, label in rows]
 
 

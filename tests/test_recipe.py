@@ -15,6 +15,7 @@ SHIPPED = [
     "bert/hedgehog",
     "control/softmax-lora",
     "control/window-lora",
+    "gpt2/hedgehog",
     "llama/calibrated",
     "llama/deltanet",
     "llama/gated-deltanet",
