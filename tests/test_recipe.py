@@ -16,6 +16,7 @@ SHIPPED = [
     "control/softmax-lora",
     "control/window-lora",
     "diffusion/linfusion",
+    "gpt2/hedgehog",
     "llama/calibrated",
     "llama/deltanet",
     "llama/gated-deltanet",
