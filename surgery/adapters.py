@@ -102,6 +102,38 @@ def inject(
     return added
 
 
+def describe(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """By name, what `inject` has to be told to make the adapters of `model` again, as plain data.
+
+    Raises:
+        SurgeryError: one is no plain LoRA.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for name in sorted(names(model)):
+        config = getattr(model, "peft_config", {}).get(name)
+        targets = [path for path, module in model.named_modules() if name in getattr(module, "lora_A", ())]
+        if config is None or not _plain(config) or not targets:
+            raise SurgeryError(
+                f"the adapter {name!r} is no plain LoRA, so a checkpoint of the model cannot hold it: merge it "
+                "(merge_and_unload), or save the model before it is added and the adapter with peft"
+            )
+        found[name] = {"targets": targets, "rank": config.r, "alpha": config.lora_alpha, "dropout": config.lora_dropout}
+    return found
+
+
+def _plain(config: Any) -> bool:
+    from peft import LoraConfig
+
+    if type(config) is not LoraConfig:
+        return False
+    about = {"target_modules", "task_type", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping"}
+    # how it started, and how targets were chosen, no longer matters
+    about |= {"init_lora_weights", "exclude_modules", "layers_to_transform", "layers_pattern", "peft_version"}
+    said = {"r": config.r, "lora_alpha": config.lora_alpha, "lora_dropout": config.lora_dropout}
+    same = LoraConfig(**said, fan_in_fan_out=config.fan_in_fan_out).to_dict()
+    return all(value == same[key] for key, value in config.to_dict().items() if key not in about)
+
+
 def parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
     """Those of the adapter called `name`, by their names."""
     return {path: p for path, p in model.named_parameters() if is_adapter(path) and f".{name}." in path}
@@ -120,6 +152,11 @@ def require(model: nn.Module, name: str, targets: Iterable[str]) -> None:
             f"{len(missed)} of {len(targets)} projections got no adapter (e.g. {missed[0]}, a "
             f"{type(model.get_submodule(missed[0])).__name__}): peft cannot adapt them, so choose other targets"
         )
+
+
+def on_quantized(model: nn.Module) -> bool:
+    """Whether an adapter is on weights that are no floating-point numbers, as in QLoRA."""
+    return any(not p.is_floating_point() for layer in _layers(model) for p in layer.parameters())
 
 
 @torch.no_grad()
@@ -152,13 +189,14 @@ def merge_checked(model: nn.Module, sample: Tensor) -> float:
         SurgeryError: by so much that it cannot be rounding.
     """
     model.eval()
+    dtype = "less than 16 bits" if on_quantized(model) else next(model.parameters()).dtype
     before = model(input_ids=sample, use_cache=False).logits.float()
     merge(model)
     after = model(input_ids=sample, use_cache=False).logits.float()
     drift = float((after - before).abs().max() / before.abs().max())
     if not drift < MERGE_TOLERANCE:
         raise SurgeryError(
-            f"merging the adapters moved the logits by {drift:.0%} of the largest: the base weights are in "
-            f"{next(model.parameters()).dtype}, too coarse to take them; load the model in a wider dtype"
+            f"merging the adapters moved the logits by {drift:.0%} of the largest: the base weights are in {dtype}, "
+            "too coarse to take them; load the model in a wider dtype, or leave the adapters unmerged"
         )
     return drift

@@ -19,7 +19,7 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import configuration_auto, modeling_auto
 
-from . import denoisers
+from . import adapters, denoisers
 from .cache import recurrent_layer
 from .errors import SurgeryError
 from .patchers.diffusion import is_denoiser
@@ -30,6 +30,8 @@ from .recipe import Recipe, load_recipe
 
 FORMAT = 1
 MIXER_KEYS = r"\.mixer\."
+WIDE = ("mixer", "lora_A", "lora_B")
+"""Modules that stay in fp32 when a model is loaded, whatever the rest is in."""
 
 
 class SurgicalConfig:
@@ -47,7 +49,7 @@ class SurgicalConfig:
 class SurgicalModel:
     """Mixin of generated model classes: what changes around the attention layers."""
 
-    _keep_in_fp32_modules_strict = ["mixer"]
+    _keep_in_fp32_modules_strict = list(WIDE)
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any):
         from .operate import install
@@ -59,6 +61,10 @@ class SurgicalModel:
             config._attn_implementation_internal = None
         super().__init__(config, *args, **kwargs)
         install(self, load_recipe(settings["recipe"]), tuple(settings["layers"]))
+        for name, adapter in settings.get("adapters", {}).items():
+            adapters.inject(self, name, **adapter)
+        # by these, libraries that quantise while they load know what to leave alone
+        self._keep_in_fp32_modules = {*(self._keep_in_fp32_modules or ()), *(rf".*\.{name}" for name in WIDE)}
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
@@ -72,6 +78,11 @@ class SurgicalModel:
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        if added := sorted(key for key in info["unexpected_keys"] if adapters.is_adapter(key)):
+            raise SurgeryError(
+                f"the checkpoint holds adapters (e.g. {added[0]}) and does not say how they were made: load it into "
+                "the model that it was saved from, or merge the adapters there"
+            )
         missing = sorted(key for key in info["missing_keys"] if ".mixer." in key)
         if missing:
             raise SurgeryError(
@@ -81,7 +92,17 @@ class SurgicalModel:
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
-        """As transformers', but the folder appears complete or not at all; see `replace_folder`."""
+        """As transformers', but the folder appears complete or not at all; see `replace_folder`.
+
+        Adapters that are not merged come along, and are there again in the model that is loaded.
+
+        Raises:
+            SurgeryError: one of them is no plain LoRA.
+        """
+        described = {} if getattr(self, "_hf_peft_config_loaded", False) else adapters.describe(self)
+        self.config.surgery = {key: value for key, value in self.config.surgery.items() if key != "adapters"}
+        if described:
+            self.config.surgery["adapters"] = described
         if kwargs.get("is_main_process", True) is False:
             return super().save_pretrained(save_directory, *args, **kwargs)
         target = Path(save_directory)
@@ -212,7 +233,7 @@ def convert_classes(model: Any, recipe: Recipe, layers: tuple[int, ...]) -> None
     if not isinstance(model, SurgicalModel):
         model.__class__ = model_class(type(model))
         keep = set(model._keep_in_fp32_modules_strict or ())
-        model._keep_in_fp32_modules_strict = keep | set(SurgicalModel._keep_in_fp32_modules_strict)
+        model._keep_in_fp32_modules_strict = keep | set(WIDE)
 
 
 def restore_classes(model: Any) -> None:
@@ -222,7 +243,7 @@ def restore_classes(model: Any) -> None:
     if not isinstance(model, PreTrainedModel):
         return
     model.__class__ = _original(type(model))
-    model._keep_in_fp32_modules_strict -= set(SurgicalModel._keep_in_fp32_modules_strict)
+    model._keep_in_fp32_modules_strict -= set(WIDE)
     del model.config.surgery
     model.config.__class__ = _original(type(model.config))
 

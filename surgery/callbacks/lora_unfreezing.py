@@ -38,7 +38,8 @@ class LoRAUnfreezing(HealingCallback):
     `order` says whether the one next to the output ("top") or to the input ("bottom") begins.
     lr, mixer_lr: rates of the adapters and of what `trains` names; None: that of the module's first parameter group.
     What the module's optimizer does not hold yet is added to it, as groups of their own. optimizer: which one, if the
-    module has several. merge: at the end of the fit, add the adapters to the weights and check that the logits stay.
+    module has several. merge: at the end of the fit, add the adapters to the weights and check that the logits stay;
+    without it `save_pretrained` writes them beside the weights.
     model: see `HealingCallback`.
 
     Works on a model that is not converted, too: the control of a conversion.
@@ -90,6 +91,11 @@ class LoRAUnfreezing(HealingCallback):
             self._inject(model)
         else:
             self._check_adapter(model, self.adapter)
+        if self.merge and adapters.on_quantized(model):
+            raise SurgeryError(
+                "LoRAUnfreezing(merge=True) adds adapters to weights, and quantised ones are too coarse to take them: "
+                "leave merge out, as save_pretrained keeps the adapters, too"
+            )
         self._of = model
         self._layers = self._grouped(list(adapters.parameters(model, self.adapter or ADAPTER)))
         self._mixers = list(new_parameters(model, self.trains))

@@ -57,7 +57,7 @@ def head_of(model: PreTrainedModel) -> Head:
     if hasattr(module, "modules_to_save"):  # peft's full copy of a module that it trains
         active = not module.disable_adapters and module.active_adapters
         module = module.modules_to_save[active[0]] if active else module.original_module
-    if not isinstance(module, nn.Linear):
+    if not isinstance(module, nn.Linear) or not module.weight.is_floating_point():
         what = "no LM head" if module is None else f"an LM head of type {type(module).__name__}"
         raise SurgeryError(
             f"distillation needs the model's LM head as a plain linear layer, and {type(model).__name__} has {what}: "

@@ -9,6 +9,7 @@ import torch
 import zoo
 from healing import Module, Plain, by_hand, fit, model, parameters, rows, same, trainer
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 import surgery
 from surgery import adapters
@@ -80,6 +81,33 @@ def test_a_users_own_adapter_learns_in_place_of_a_new_one():
         fit(module, [LoRAUnfreezing(adapter="default", targets=["q", "k"])], rows(1))
     with pytest.raises(surgery.SurgeryError, match="call merge_and_unload"):
         LoRAUnfreezing(adapter="default", merge=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adapters_that_are_not_merged_are_saved_with_the_model(dtype, tmp_path):
+    network = zoo.convert(zoo.build("llama", dtype=dtype), "llama/logmass", window=4).train()
+    fit(Plain(network), [LoRAUnfreezing(rank=2, alpha=3, dropout=0.1, targets=["q", "o"])], rows(4))
+    ids = zoo.tokens(2, 15)
+    network.eval().save_pretrained(tmp_path / "apart")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "apart")
+    assert {p.dtype for name, p in again.named_parameters() if ".lora_" in name} == {torch.float32}
+    assert torch.equal(again(ids).logits, network(ids).logits)
+    adapters.merge(again)
+    again.save_pretrained(tmp_path / "merged")
+    assert not any("lora" in name for name in AutoModelForCausalLM.from_pretrained(tmp_path / "merged").state_dict())
+
+
+def test_adapters_that_cannot_be_saved_are_refused(tmp_path):
+    network = peft.get_peft_model(model(), peft.LoraConfig(target_modules=["q_proj"], use_dora=True)).get_base_model()
+    with pytest.raises(surgery.SurgeryError, match="'default' is no plain LoRA"):
+        network.save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+    network = peft.get_peft_model(model(), peft.LoraConfig(target_modules=["q_proj"])).get_base_model()
+    network.save_pretrained(tmp_path / "model")
+    text = (tmp_path / "model" / "config.json").read_text()
+    (tmp_path / "model" / "config.json").write_text(text.replace('"adapters"', '"unknown"'))
+    with pytest.raises(surgery.SurgeryError, match="does not say how they were made"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "model")
 
 
 def test_merging_at_the_end_leaves_a_plain_model_with_the_same_function(tmp_path):
