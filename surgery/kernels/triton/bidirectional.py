@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from .. import chunked
@@ -20,8 +19,9 @@ from ..chunked.transfer import ranks
 from ..specs import Features
 from . import hedgehog
 from .bidirectional_kernels import key_gradients, outputs, query_gradients, sums
-from .configs import narrowest, padded
+from .configs import cdiv, narrowest, padded
 from .decay import INTERPRET, WIDEST, contiguous, require_gpu
+from .operation import operation
 
 PROGRAMS = 512
 """Of a pass over the tokens, if there are enough of them: a few for each multiprocessor of a large GPU."""
@@ -51,7 +51,7 @@ class Call(NamedTuple):
 
     @property
     def tiles(self) -> int:
-        return triton.cdiv(self.q.shape[1], self.rows)
+        return cdiv(self.q.shape[1], self.rows)
 
     @property
     def states(self) -> int:
@@ -101,12 +101,12 @@ class Call(NamedTuple):
     def sum(self, a: Tensor, b: Tensor, *gradient: Tensor) -> Tensor:
         """[B, states, H_s, size] fp32. gradient: of queries, their mass, share and state."""
         told = self.told_sums(bool(gradient))
-        (batch, tokens), heads, slices = a.shape[:2], self.k.shape[2], triton.cdiv(self.v.shape[3], told["X"])
+        (batch, tokens), heads, slices = a.shape[:2], self.k.shape[2], cdiv(self.v.shape[3], told["X"])
         parts, span = self.tiles, self.rows
         if self.start is None:
             parts = max(1, min(PROGRAMS // (batch * heads * slices), self.tiles // LEAST))
-            span = triton.cdiv(self.tiles, parts) * self.rows
-            parts = triton.cdiv(tokens, span)
+            span = cdiv(self.tiles, parts) * self.rows
+            parts = cdiv(tokens, span)
         found = a.new_empty(batch, parts, heads, self.size, dtype=torch.float32)
         mass, share, state = gradient or (None, None, None)
         sums[parts * slices, heads, batch](
@@ -118,10 +118,10 @@ class Call(NamedTuple):
         """The grid of a pass over all tiles, and how many of them a program has."""
         batch, heads = self.q.shape[0], self.k.shape[2]
         tiles = 1 if self.start is not None else max(1, min(MOST, self.tiles * batch * heads // (2 * PROGRAMS)))
-        return (triton.cdiv(self.tiles, tiles) * slices, heads, batch), tiles
+        return (cdiv(self.tiles, tiles) * slices, heads, batch), tiles
 
 
-@torch.library.custom_op("surgery::bidirectional_attention", mutates_args=())
+@operation("bidirectional_attention")
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, start: Tensor | None, end: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -130,7 +130,7 @@ def _forward(
     y, mass = _rows(q, v)
     state = call.sum(call.k, call.v)
     told = call.told_outputs()
-    grid, tiles = call.each(triton.cdiv(v.shape[3], told["X"]))
+    grid, tiles = call.each(cdiv(v.shape[3], told["X"]))
     outputs[grid](*call, state, y, mass, q.shape[1], tiles, eps, **told)
     return y, state, mass
 
@@ -146,7 +146,7 @@ def _rows(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
-@torch.library.custom_op("surgery::bidirectional_attention_backward", mutates_args=())
+@operation("bidirectional_attention_backward")
 def _backward(
     dy: Tensor,
     q: Tensor,
@@ -169,7 +169,7 @@ def _backward(
     shared = dv if v.shape[2] == k.shape[2] else mass.new_empty(*k.shape[:3], v.shape[3])
     for keys, tensors, out in ((True, (call.v, dy, call.q), dk), (False, (call.k, call.q, dy), shared)):
         told = call.told_keys(keys)
-        grid, tiles = call.each(triton.cdiv(out.shape[3], told["X"]))
+        grid, tiles = call.each(cdiv(out.shape[3], told["X"]))
         key_gradients[grid](*tensors, *call[3:], dstate, mass, share, out, tokens, tiles, **told)
     if shared is not dv:
         dv.copy_(shared.unflatten(2, (v.shape[2], -1)).sum(3))

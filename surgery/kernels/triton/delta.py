@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
-from .configs import delta_launch, padded
+from .configs import cdiv, delta_launch, padded
 from .decay import INTERPRET, contiguous
 from .delta_backward import chunk_gradients, gradient_sweep, local_gradients
 from .delta_forward import inverses, outputs, state_sweep
+from .operation import operation
 
 
 class Call(NamedTuple):
@@ -36,7 +36,7 @@ class Call(NamedTuple):
 
     @property
     def chunks(self) -> int:
-        return triton.cdiv(self.q.shape[1], self.chunk)
+        return cdiv(self.q.shape[1], self.chunk)
 
     @property
     def gate(self) -> tuple[Tensor | None, Tensor | None]:
@@ -82,13 +82,13 @@ class Call(NamedTuple):
         u, states = self.values(), self.states()
         S_after = torch.empty_like(states[:, :, 0], dtype=torch.float32, memory_format=torch.contiguous_format)
         told = self.told(state_sweep, CARRIED=S is not None)
-        state_sweep[self.grid(triton.cdiv(self.v.shape[3], told["D"]))](
+        state_sweep[self.grid(cdiv(self.v.shape[3], told["D"]))](
             self.k, self.v, self.beta, *self.gate, inverse, S, u, states, S_after, self.q.shape[1], **told
         )
         return u, states, S_after
 
 
-@torch.library.custom_op("surgery::delta_attention", mutates_args=())
+@operation("delta_attention")
 def _forward(
     q: Tensor,
     k: Tensor,
@@ -107,9 +107,7 @@ def _forward(
     inverses[call.grid(call.chunks)](k, beta, *call.gate, inverse, tokens, **call.told(inverses))
     u, states, S_after = call.sweep_states(inverse, S)
     told = call.told(outputs)
-    outputs[call.grid(triton.cdiv(v.shape[3], told["D"]) * call.chunks)](
-        q, k, u, *call.gate, states, y, tokens, scale, **told
-    )
+    outputs[call.grid(cdiv(v.shape[3], told["D"]) * call.chunks)](q, k, u, *call.gate, states, y, tokens, scale, **told)
     return y, S_after, inverse
 
 
@@ -125,7 +123,7 @@ def _outputs(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return y, S, q.new_empty(*k.shape[:3], 64 if q.dtype.itemsize == 2 else 32)
 
 
-@torch.library.custom_op("surgery::delta_attention_backward", mutates_args=())
+@operation("delta_attention_backward")
 def _backward(
     dy: Tensor,
     dS_after: Tensor | None,
@@ -151,14 +149,14 @@ def _backward(
 
     du, dr, dstates = call.values(), call.values(), torch.empty_like(states)
     told = call.told(local_gradients)
-    slices = triton.cdiv(columns, told["D"])
+    slices = cdiv(columns, told["D"])
     local_gradients[call.grid(slices * call.chunks)](q, k, dy, *call.gate, du, tokens, scale, **told)
     told = call.told(gradient_sweep, DS_AFTER=dS_after is not None, DS=S is not None)
     gradient_sweep[call.grid(slices)](
         q, k, dy, beta, *call.gate, inverse, du, dS_after, dr, dstates, dS, tokens, scale, **told
     )
     told = call.told(chunk_gradients, "F", GATE_GRADIENT=gate_gradient)
-    slices = triton.cdiv(features, told["F"])
+    slices = cdiv(features, told["F"])
     # several heads of the state may share one of v
     shared = dv if v.shape[2] == k.shape[2] else call.values()
     parts = beta.new_empty(2, slices, *beta.shape)

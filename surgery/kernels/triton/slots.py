@@ -14,13 +14,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from . import channel
 from .channel import SPAN, Call
-from .configs import padded
+from .configs import cdiv, padded
 from .decay import contiguous
+from .operation import operation
 from .slot_kernels import far_logits, gate_gradients, logit_sweep, softmax_gradients, softmax_rows
 
 ELEMENTS = 4096
@@ -31,7 +31,7 @@ def _rows(x: Tensor) -> tuple[tuple[int], dict[str, int]]:
     """Grid and sizes for kernels that go through the rows of x [..., M]."""
     width = padded(x.shape[-1])
     each = ELEMENTS // width
-    return (triton.cdiv(x.numel() // x.shape[-1], each),), {"WIDTH": x.shape[-1], "R": each, "X": width}
+    return (cdiv(x.numel() // x.shape[-1], each),), {"WIDTH": x.shape[-1], "R": each, "X": width}
 
 
 def _logits(
@@ -41,7 +41,7 @@ def _logits(
     batch, tokens, heads, dim = q.shape
     state_heads, slots = log_gate.shape[2:]
     tile = channel.configs.tile(channel.configs.LOGITS, dim, slots, normal.bits)
-    slices = triton.cdiv(slots, tile.columns)
+    slices = cdiv(slots, tile.columns)
     logits = q.new_empty(batch, tokens, heads, slots, dtype=torch.float32)
     writes = q.new_empty(log_gate.shape)
     near, S_after = (
@@ -52,13 +52,13 @@ def _logits(
         q, k, log_gate, documents, S, logits, writes, near, S_after, tokens, scale,
         **normal.told(logit_sweep, tile, CARRIED=S is not None, **sizes),
     )  # fmt: skip
-    far_logits[slices * triton.cdiv(normal.chunks, SPAN), heads, batch](
+    far_logits[slices * cdiv(normal.chunks, SPAN), heads, batch](
         q, k, log_gate, near, documents, logits, tokens, scale, **normal.told(far_logits, tile, **sizes)
     )
     return logits, writes, S_after
 
 
-@torch.library.custom_op("surgery::slot_attention", mutates_args=())
+@operation("slot_attention")
 def _forward(
     q: Tensor,
     k: Tensor,
@@ -92,7 +92,7 @@ def _(q, k, v, log_gate, S_k, S_v, documents, scale, training):
     return y, *S, weights, writes, *made, states
 
 
-@torch.library.custom_op("surgery::slot_attention_backward", mutates_args=())
+@operation("slot_attention_backward")
 def _backward(
     dy: Tensor,
     dK: Tensor | None,
@@ -131,7 +131,7 @@ def _backward(
     )  # fmt: skip
     if gate_gradient:
         (gates,) = contiguous(log_gate)
-        gate_gradients[(triton.cdiv(gates.numel(), ELEMENTS),)](
+        gate_gradients[(cdiv(gates.numel(), ELEMENTS),)](
             gates, dgate, other_dgate, dwrites, other_dwrites, gates.numel(), BLOCK=ELEMENTS
         )
     return dq, dk, dv, dgate, dS_k, dS_v
