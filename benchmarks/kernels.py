@@ -1,5 +1,8 @@
 """Our kernels beside their peers, in one process: `python -m benchmarks.kernels [--only NAME ...] [--out FOLDER]`.
 
+--merge joins the results of several runs in --out, without a GPU: of one operation, pass, shape and peer the row of the
+run named last, which says itself what kernels it is of.
+
 Both sides are first compared with fp64 at a small size. Then their launches alternate, each after a flush of the cache,
 timed by CUDA events; medians, of the GPU's own time and (eager) with what it waits for launches. Writes kernels.json,
 kernels.md and kernels.png. A peer that refuses to run is said to.
@@ -282,6 +285,7 @@ def floor(inputs: Inputs, shape: Shape, rate: float) -> dict[str, float]:
 def measure(name: str, shape: Shape, dtype: torch.dtype, rate: float, repeats: int, ours_only: bool) -> Iterator[dict]:
     case = CASES[name]
     row = {"op": name, "shape": str(shape), "dtype": str(dtype).removeprefix("torch.")}
+    row |= {"kernels": tree_hash(), "source": source()}
     mine = case.ours("triton")
     ours_err = error(mine, case, shape, dtype)
     torch.manual_seed(0)
@@ -325,13 +329,25 @@ def tree_hash() -> str:
 
 
 def environment() -> dict[str, str]:
-    found = {"device": torch.cuda.get_device_name(), "kernels": tree_hash()}
+    found = {"device": torch.cuda.get_device_name()}
     for package in ("torch", "triton", "flash-linear-attention", "fla-core"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:
             found[package] = "not installed"
-    return found | {"source": source()}
+    return found
+
+
+def merged(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of runs on the same device with the same versions, the later ones' rows before the earlier ones'."""
+    *_, last = results
+    same = [{k: v for k, v in r.items() if k not in ("rows", "copy_bytes_per_second")} for r in results]
+    if any(r != same[-1] for r in same):
+        raise SystemExit(f"these runs are of different devices or versions: {same}")
+    keys = ("op", "pass", "shape", "dtype", "peer")
+    rows = {tuple(row[key] for key in keys): row for result in results for row in result["rows"]}
+    order = {name: place for place, name in enumerate(CASES)}
+    return last | {"rows": sorted(rows.values(), key=lambda row: (order[row["op"]], row["shape"], row["peer"]))}
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -381,7 +397,11 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 def save(rows: list[dict[str, Any]], rate: float, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    result = environment() | {"copy_bytes_per_second": rate, "rows": rows}
+    write(environment() | {"copy_bytes_per_second": rate, "rows": rows}, out)
+
+
+def write(result: dict[str, Any], out: Path) -> None:
+    rows = result["rows"]
     (out / "kernels.json").write_text(json.dumps(result, indent=1) + "\n")
     (out / "kernels.md").write_text(table(rows))
     if any(row["ratio"] for row in rows):
@@ -392,10 +412,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", default=list(CASES), choices=list(CASES))
     parser.add_argument("--shapes", nargs="*", help="leave out the others, as they are printed: B4 T8192 H32/32 D128")
+    parser.add_argument("--merge", nargs="+", type=Path, help="kernels.json of earlier runs")
     parser.add_argument("--ours", action="store_true", help="without peers")
     parser.add_argument("--repeats", type=int, default=25)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     chosen = parser.parse_args()
+    if chosen.merge:
+        write(merged([json.loads(path.read_text()) for path in chosen.merge]), chosen.out)
+        return
     rate, rows = bandwidth(), []
     print(f"{torch.cuda.get_device_name()}, copies at {rate / 1e12:.2f} TB/s", flush=True)
     for name in chosen.only:
@@ -409,7 +433,7 @@ def main() -> None:
             except Exception as failed:
                 print(name, shape, "FAILED", type(failed).__name__, str(failed)[:300], flush=True)
             torch.cuda.empty_cache()
-        save(rows, rate, chosen.out)
+            save(rows, rate, chosen.out)
 
 
 if __name__ == "__main__":

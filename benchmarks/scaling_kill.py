@@ -64,7 +64,12 @@ def kill(recipe: str, strategy: str, devices: int, cpu: bool, timeout: float) ->
         _require("was ended by SIGKILL, so all were stopped" in sentence and "Traceback" not in said, said)
         _require(checkpoint.exists() and not (folder / "out").exists(), "no checkpoint was left, or a half result")
         again = subprocess.run(
-            command, env=os.environ | variables(), cwd=ROOT, capture_output=True, text=True, timeout=timeout
+            command,
+            env=os.environ | variables() | {"SURGERY_BACKEND": "chunked"},
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
         )
         _require(again.returncode == 0 and "going on with" in again.stdout, again.stdout + again.stderr)
         _require((folder / "out" / "model.safetensors").exists(), "the second run left no result")
@@ -80,7 +85,8 @@ def variables() -> dict[str, str]:
 
 
 def _start(command: list[str]) -> subprocess.Popen:
-    env = os.environ | variables()
+    # what is tried are processes: plain torch has them at work without compiling kernels first
+    env = os.environ | variables() | {"SURGERY_BACKEND": "chunked"}
     return subprocess.Popen(command, env=env, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
