@@ -84,10 +84,15 @@ def variables() -> dict[str, str]:
     return {"NCCL_NVLS_ENABLE": "0", "PYTHONPATH": paths}
 
 
+def _environment() -> dict[str, str]:
+    """What is tried are processes: plain torch has them at work without compiling kernels first."""
+    return os.environ | variables() | {"SURGERY_BACKEND": "chunked"}
+
+
 def _start(command: list[str]) -> subprocess.Popen:
-    # what is tried are processes: plain torch has them at work without compiling kernels first
-    env = os.environ | variables() | {"SURGERY_BACKEND": "chunked"}
-    return subprocess.Popen(command, env=env, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, env=_environment(), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
 
 
 def _said(run: subprocess.Popen, seconds: float = 10) -> str:
