@@ -31,6 +31,7 @@ gated_slot_attention = Op(
     chunked.gated_slot_attention,
     examples.slots,
     in_triton("gated_slot_attention"),
+    in_triton("gated_slot_attention_step"),
 )
 mesa_attention = Op(reference.mesa_attention, chunked.mesa_attention, examples.mesa)
 window_attention = Op(

@@ -21,6 +21,8 @@ from .steps import TILE, Map, covered, mapped, rows, single, warps, writable
 
 TICKET = tl.constexpr(1 << 32)
 COPIED = tl.constexpr(1024)
+SEEN_BLOCKS = {"sliding": 0, "block": 1, "terraced": 2}
+"""How many blocks a window sees, if any: its own, and the one before."""
 
 
 @triton.jit
@@ -88,7 +90,7 @@ def mixed_kernel(
     sink_k_ptr, sink_v_ptr, seen_ptr, S_ptr, z_ptr, y_ptr,
     q_row, k_row, v_row, linear_q_row, linear_k_row, scale, cap,
     H: tl.constexpr, H_KV: tl.constexpr, H_S: tl.constexpr, D_WIDTH: tl.constexpr, V_WIDTH: tl.constexpr,
-    WIDTH: tl.constexpr, R: tl.constexpr, SIZE: tl.constexpr, SINKS: tl.constexpr, TERRACED: tl.constexpr,
+    WIDTH: tl.constexpr, R: tl.constexpr, SIZE: tl.constexpr, SINKS: tl.constexpr, BLOCKS: tl.constexpr,
     ROWS: tl.constexpr, D: tl.constexpr, V: tl.constexpr, D_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr, F: tl.constexpr,
     N: tl.constexpr, W: tl.constexpr, SINK_ROWS: tl.constexpr, HALVES: tl.constexpr, LINEAR: tl.constexpr,
     JOINT: tl.constexpr, RAW: tl.constexpr, CAP: tl.constexpr, LENGTHS: tl.constexpr, MAP_Q: tl.constexpr,
@@ -174,12 +176,12 @@ def mixed_kernel(
         kept = rank - 1 - (rank + R - 1 - r) % R
         known = (r < R) & (kept > rank - R) & (kept >= SINKS)
         near = known
-        if TERRACED:
-            near = known & (kept // SIZE >= rank // SIZE - 1)
+        if BLOCKS:
+            near = known & (kept // SIZE > rank // SIZE - BLOCKS)
         keys = load_keys(ring_k_ptr + kv * D_WIDTH, r, near, D_WIDTH, K_STRIDE, D)
         values = load_keys(ring_v_ptr + kv * V_WIDTH, r, near, V_WIDTH, V_STRIDE, V)
         largest, total, sums = attend(queries, keys, values, near, largest, total, sums, scale, cap, G, ROWS, W, V, CAP)
-        if TERRACED and LINEAR:
+        if BLOCKS and LINEAR:
             beyond = known & (near == 0)
             if tl.max(beyond.to(tl.int32), 0) > 0:
                 base = ring_linear_ptr + kv * D_WIDTH
@@ -264,7 +266,7 @@ def _step(
     map_q: str,
     map_k: str,
     size: int,
-    terraced: bool,
+    blocks: int,
     scaling: float,
     cap: float,
 ) -> Tensor:
@@ -279,15 +281,15 @@ def _step(
     state_heads = k.shape[2] if S is None else S.shape[1]
     width, halves = maps_k.sizes(k)
     f, d, x = padded(width), padded(dim), padded(columns)
-    # features of keys, which only terraced windows need, take as much room again
-    more = S is not None and terraced
+    # features of keys, which only windows of blocks need, take as much room again
+    more = S is not None and blocks > 0
     w = max(16, min(triton.next_power_of_2(ring), 32 if more else 128, TILE // (4 if more else 2) // max(d, x, f)))
     y = q.new_empty(batch, 1, heads, columns)
     mixed_kernel[state_heads, batch](
         q, k, v, linear_q, linear_k, *maps_q.pointers, *maps_k.pointers, *mix, lengths, ring_k, ring_v,
         ring_k if ring_linear_k is None else ring_linear_k, sink_k, sink_v, seen, S, z, y, q_row, k_row, v_row,
         linear_q_row, linear_k_row, scaling, cap, H=heads, H_KV=k.shape[2], H_S=state_heads, D_WIDTH=dim,
-        V_WIDTH=columns, WIDTH=width, R=ring, SIZE=size, SINKS=sinks, TERRACED=terraced,
+        V_WIDTH=columns, WIDTH=width, R=ring, SIZE=size, SINKS=sinks, BLOCKS=blocks,
         ROWS=triton.next_power_of_2(heads // state_heads), D=d, V=x, D_BLOCK=rows(dim, f), K_BLOCK=min(d, 32), F=f,
         N=min(f, TILE // x), W=w, SINK_ROWS=triton.next_power_of_2(max(1, sinks)), HALVES=halves,
         LINEAR=S is not None, JOINT=factor is not None, RAW=ring_linear_k is not None, CAP=cap > 0,
@@ -362,7 +364,7 @@ def _mixed(
     left = {"ring_linear_k"} if linear_k is None else set()
     left |= {"S", "z"} if mix is None else set()
     kept = [None if name in left else state.get(name) for name in names]
-    if not window.size or window.layout == "block" or state["ring_k"].shape[1] != window.ring or not writable(*kept):
+    if not window.size or state["ring_k"].shape[1] != window.ring or not writable(*kept):
         return None
     if not covered(q, k, v, linear_q, linear_k, *kept[:5], kept[6]):
         return None
@@ -373,5 +375,5 @@ def _mixed(
         numbers = (mix.factor, None, None, None, None) if isinstance(mix, Joint) else (None, *mix)
     return _step(
         q, k, v, linear_q, linear_k, *map_q, *map_k, *numbers, lengths, *kept, name_q, name_k, window.size,
-        window.layout == "terraced", float(scaling), 0.0 if softcap is None else float(softcap),
+        SEEN_BLOCKS[window.layout], float(scaling), 0.0 if softcap is None else float(softcap),
     )  # fmt: skip
