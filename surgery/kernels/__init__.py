@@ -58,6 +58,7 @@ attention_cross_entropy = Op(
     examples.transfer,
     in_triton("attention_cross_entropy"),
 )
+head_norm = Op(reference.head_norm, reference.head_norm, examples.heads, in_triton("head_norm"))
 output_error = Op(reference.output_error, reference.output_error, examples.outputs, in_triton("output_error"))
 
 OPS = {
@@ -73,6 +74,7 @@ OPS = {
         bidirectional_attention,
         bidirectional_cross_entropy,
         attention_cross_entropy,
+        head_norm,
         output_error,
     )
 }
@@ -94,6 +96,7 @@ __all__ = [
     "features",
     "gated_linear_attention",
     "gated_slot_attention",
+    "head_norm",
     "hybrid_attention",
     "linear_attention",
     "linear_state",

@@ -20,6 +20,7 @@ from .delta import delta_rule
 from .error import output_error
 from .hybrid import hybrid_attention, window_attention
 from .mixed_step import hybrid_attention_step, window_attention_step
+from .norm import head_norm
 from .slot_step import gated_slot_attention_step
 from .slots import slot_attention
 from .steps import covered, delta_attention_step, gated_linear_attention_step, linear_attention_step
@@ -36,6 +37,7 @@ __all__ = [
     "gated_linear_attention_step",
     "gated_slot_attention",
     "gated_slot_attention_step",
+    "head_norm",
     "hybrid_attention",
     "hybrid_attention_step",
     "linear_attention",
