@@ -30,6 +30,7 @@ from surgery.kernels.triton import (
     delta,
     delta_backward,
     delta_forward,
+    norm,
     slot_kernels,
     sweeps,
 )
@@ -42,10 +43,11 @@ POINTERS = {"gate_ptr": "*fp32", "document_ptr": "*i32", "states_ptr": "*bf16"}
 SINGLE = ("S_ptr", "z_ptr", "mass_ptr", "S_after_ptr", "z_after_ptr", "excess_ptr", "factor_ptr", "dgate_ptr", "zs_ptr")
 SINGLE += ("beta_ptr", "dbeta_ptr", "dS_after_ptr", "dz_after_ptr", "dS_ptr", "dz_ptr", "dzs_ptr", "near_ptr")
 SINGLE += ("inverse_ptr", "total_ptr", "S_end_ptr", "z_end_ptr", "logit_ptr", "u_ptr", "du_ptr", "dr_ptr")
+SINGLE += ("gain_ptr", "dgain_ptr")
 SCALARS = {"scale": "fp32", "eps": "fp32"}
 SCALARS |= dict.fromkeys(("T", "stride_a", "stride_x", "span", "groups"), "i32")
-CHANNEL, DELTA, SLOTS = 3, 4, 5
-"""A gate per channel, the delta rule, and slots, among the kinds that --gate takes."""
+CHANNEL, DELTA, SLOTS, NORM = 3, 4, 5, 6
+"""A gate per channel, the delta rule, slots, and a norm, among the kinds that --gate takes."""
 FASTEST, UNTUNED, RARE = (
     "more warps or narrower tiles spill less and are slower on an H100: benchmarks/results/tune.json",
     "right on an H100, not tuned there yet",
@@ -157,6 +159,13 @@ def slot_variants(slots: int, columns: int, groups: int) -> Iterator[Variant]:
         yield Variant(name, kernel, told, options)
 
 
+def norm_variants(columns: int, groups: int) -> Iterator[Variant]:
+    """The kernels of a norm, which knows no features and no groups."""
+    told = norm.told(torch.empty(1, 64, 8 * groups, columns, dtype=torch.bfloat16, device="meta"))[1]
+    for name, kernel in (("normed", norm.norm_rows), ("dy", norm.norm_gradients)):
+        yield Variant(name, kernel, told | {"INTERPRET": False}, {})
+
+
 def compiled(variant: Variant, arch: int, dtype: str) -> Any:
     """What Triton makes of it, with the alignment that launches have."""
     names = list(inspect.signature(variant.kernel.fn).parameters)
@@ -213,6 +222,8 @@ def found(features: int, columns: int, groups: int, gate: int, normalize: bool) 
         return channel_variants(features, columns, groups, normalize)
     if gate == DELTA:
         return iter(()) if normalize else delta_variants(features, columns, groups)
+    if gate == NORM:
+        return iter(()) if normalize or features != columns else norm_variants(columns, groups)
     if gate == SLOTS:
         return iter(()) if normalize else slot_variants(features, columns, groups)
     return variants(features, columns, groups, gate, normalize)
@@ -230,8 +241,8 @@ def main(arguments: list[str] | None = None) -> int:
         "--gate",
         type=int,
         nargs="*",
-        default=[0, 1, 2, 3, 4, 5],
-        help="0 none, 1 fixed, 2 scalar, 3 channel, 4 the delta rule with a scalar one, 5 slots",
+        default=[0, 1, 2, 3, 4, 5, 6],
+        help="0 none, 1 fixed, 2 scalar, 3 channel, 4 the delta rule with a scalar one, 5 slots, 6 a norm",
     )
     parser.add_argument("--plain", action="store_true", help="leave normalised attention out")
     chosen = parser.parse_args(arguments)
@@ -251,7 +262,8 @@ def main(arguments: list[str] | None = None) -> int:
                                     c = v.constants
                                     cut = c.get("X", c.get("M", c.get("D" if v.sweep == "y" else "F")))
                                     head = f"{arch}  {dtype:5} {features:4} {dim:4} {group:5} {gate:4} {normalize:4}"
-                                    head += f" {v.sweep:>5} {c['C']:5} {cut:4} {v.options['num_warps']:5}"
+                                    chunk, warps = c.get("C", c.get("R")), v.options.get("num_warps", 4)
+                                    head += f" {v.sweep:>5} {chunk:5} {cut:4} {warps:5}"
                                     print(head, line, "; ".join(wrong), flush=True)
                                     failed += bool(wrong)
     print(f"{failed} failed" if failed else "all compile")

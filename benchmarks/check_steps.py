@@ -18,8 +18,8 @@ from triton.compiler import ASTSource
 
 from benchmarks.check_kernels import SHARED, assembled
 from surgery import kernels
-from surgery.kernels import Features, Joint, LogMass, Window, linear_state, window_state
-from surgery.kernels.triton import decay, mixed_step, steps
+from surgery.kernels import Features, Joint, LogMass, Window, linear_state, slot_state, window_state
+from surgery.kernels.triton import decay, mixed_step, slot_step, steps
 
 TYPES = {
     torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64",
@@ -61,6 +61,7 @@ def cases(dim: int, dtype: torch.dtype) -> dict[str, tuple[kernels.Op, dict[str,
     silu = {name: Features("silu", scale=torch.ones(())) for name in softmax}
     beta = {"beta": torch.zeros(1, 1, KV_HEADS)}
     gate = {"log_gate": torch.zeros(1, 1, KV_HEADS, dim)}
+    slots = slot_state(1, KV_HEADS, dim, dim, **options)
     joint = Joint(torch.ones(HEADS))
     return {
         "linear": (
@@ -70,6 +71,7 @@ def cases(dim: int, dtype: torch.dtype) -> dict[str, tuple[kernels.Op, dict[str,
         "gla": (kernels.gated_linear_attention, qkv | softmax | gate | {"state": plain}),
         "delta": (kernels.delta_attention, qkv | silu | beta | {"state": plain}),
         "kda": (kernels.delta_attention, qkv | silu | beta | gate | {"state": plain}),
+        "slots": (kernels.gated_slot_attention, qkv | gate | {"scaling": 1.0, "state": slots}),
         "window": (kernels.window_attention, near(sliding)),
         "joint": (kernels.hybrid_attention, hybrid(sliding, joint)),
         "joint, wide": (kernels.hybrid_attention, hybrid(sliding, joint, features=dim)),
@@ -118,8 +120,8 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     failed = 0
-    recorders = {"linear_kernel": Recorder(steps.linear_kernel), "mixed_kernel": Recorder(mixed_step.mixed_kernel)}
-    steps.linear_kernel, mixed_step.mixed_kernel = recorders.values()
+    recorders = [Recorder(x) for x in (steps.linear_kernel, mixed_step.mixed_kernel, slot_step.slot_kernel)]
+    steps.linear_kernel, mixed_step.mixed_kernel, slot_step.slot_kernel = recorders
     # the interpreter's part of a machine without a GPU: nothing is launched
     decay.INTERPRET = True
     print("sm    D dtype step             registers spills smem/K")
@@ -131,8 +133,8 @@ def main(arguments: list[str] | None = None) -> int:
                         continue
                     with kernels.backend("triton"):
                         op.step(**call, lengths=LENGTHS)
-                    recorder = recorders["mixed_kernel" if "window" in call else "linear_kernel"]
-                    if not recorder.kwargs:
+                    recorder = next((x for x in recorders if x.kwargs), None)
+                    if recorder is None:
                         continue  # too wide for a kernel
                     kernel = recorder.compiled(arch)
                     registers, spills = assembled(kernel.asm["ptx"], arch)

@@ -31,6 +31,7 @@ gated_slot_attention = Op(
     chunked.gated_slot_attention,
     examples.slots,
     in_triton("gated_slot_attention"),
+    in_triton("gated_slot_attention_step"),
 )
 mesa_attention = Op(reference.mesa_attention, chunked.mesa_attention, examples.mesa)
 window_attention = Op(
@@ -62,6 +63,7 @@ attention_cross_entropy = Op(
     examples.transfer,
     in_triton("attention_cross_entropy"),
 )
+head_norm = Op(reference.head_norm, reference.head_norm, examples.heads, in_triton("head_norm"))
 output_error = Op(reference.output_error, reference.output_error, examples.outputs, in_triton("output_error"))
 
 OPS = {
@@ -77,6 +79,7 @@ OPS = {
         bidirectional_attention,
         bidirectional_cross_entropy,
         attention_cross_entropy,
+        head_norm,
         output_error,
     )
 }
@@ -98,6 +101,7 @@ __all__ = [
     "features",
     "gated_linear_attention",
     "gated_slot_attention",
+    "head_norm",
     "hybrid_attention",
     "linear_attention",
     "linear_state",

@@ -77,6 +77,11 @@ def transfer(device: torch.device | str, dtype: torch.dtype) -> Arguments:
     return {name: x for name, x in hybrid(device, dtype).items() if name not in ("v", "return_state")}
 
 
+def heads(device: torch.device | str, dtype: torch.dtype) -> Arguments:
+    common, _, generator = _qkv(device, dtype)
+    return {"y": common["q"], "gain": torch.rand(HEADS, generator=generator).to(device), "eps": 1e-5}
+
+
 def outputs(device: torch.device | str, dtype: torch.dtype) -> Arguments:
     common, _, _ = _qkv(device, dtype)
     return {"student": common["k"], "teacher": common["v"]}

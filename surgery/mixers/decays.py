@@ -63,7 +63,7 @@ class HeadDecay(Gate):
 
     def forward(self, v: Tensor) -> Tensor:
         """[B, T, H_kv, D] -> log-gates [B, T, H_s], fp32."""
-        return -precise(self.rate).exp().expand(*v.shape[:2], -1)
+        return (-precise(self.rate).exp()).expand(*v.shape[:2], -1)
 
     def extra_repr(self) -> str:
         return self.config.kind

@@ -101,7 +101,7 @@ class ConstantGate(ChannelGate):
 
     def forward(self, v: Tensor) -> Tensor:
         """[B, T, H_kv, D] -> log-gates of the same shape, fp32."""
-        return -precise(self.rate).exp().expand(v.shape)
+        return (-precise(self.rate).exp()).expand(v.shape)
 
     def extra_repr(self) -> str:
         return f"half-lives {self.shortest:g} to {self.longest:g}"

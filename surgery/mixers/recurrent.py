@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from .. import kernels
 from ..kernels import Features
-from ..kernels.features import precise
 from .averaged import AveragedConfig, AveragedMixer
 from .base import AttentionContext, AttentionShape, Mixer, Run, State
 from .feature_maps import FeatureMapConfig, SoftmaxConfig
@@ -71,9 +70,7 @@ class HeadNorm(nn.Module):
 
     def forward(self, y: Tensor) -> Tensor:
         """[B, T, H, D] -> the same, in y's dtype."""
-        exact = precise(y)
-        size = (exact.square().mean(-1, keepdim=True) + self.eps).rsqrt()
-        return (exact * size * precise(self.gain).unsqueeze(-1)).to(y.dtype)
+        return kernels.head_norm(y, gain=self.gain, eps=self.eps)
 
 
 class RecurrentMixer(AveragedMixer):

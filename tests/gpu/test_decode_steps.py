@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from surgery import kernels
-from surgery.kernels import Features, Joint, LogMass, Window, linear_state, window_state
+from surgery.kernels import Features, Joint, LogMass, Window, linear_state, slot_state, window_state
 
 pytestmark = pytest.mark.gpu
 
@@ -37,6 +37,13 @@ def gated(batch: int, steps: int, dtype: torch.dtype, heads: int, kv_heads: int,
     return kernels.gated_linear_attention, arguments, state
 
 
+def slots(batch: int, steps: int, dtype: torch.dtype, heads: int, kv_heads: int, state_heads: int) -> Call:
+    _, arguments, _ = gated(batch, steps, dtype, heads, kv_heads, kv_heads)
+    del arguments["features_q"], arguments["features_k"]
+    state = slot_state(batch, kv_heads, DIM, DIM, device="cuda", dtype=dtype)
+    return kernels.gated_slot_attention, arguments | {"scaling": DIM**-0.5}, state
+
+
 def windowed(window: Window, mix: str | None, raw: bool = False) -> Any:
     def build(batch: int, steps: int, dtype: torch.dtype, heads: int, kv_heads: int, state_heads: int) -> Call:
         _, arguments, state = linear(batch, steps, dtype, heads, kv_heads, state_heads)
@@ -59,7 +66,9 @@ def windowed(window: Window, mix: str | None, raw: bool = False) -> Any:
 FORMS = {
     "linear": linear,
     "gated": gated,
+    "slots": slots,
     "window": windowed(Window(20, sinks=2), None),
+    "window-block": windowed(Window(12, "block"), None),
     "joint": windowed(Window(16), "joint"),
     "joint-terraced": windowed(Window(9, "terraced", sinks=2), "joint", raw=True),
     "logmass": windowed(Window(5), "logmass"),

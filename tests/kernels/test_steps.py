@@ -84,7 +84,7 @@ def test_any_operation_has_a_step(form):
 
 
 def has_kernel(call: Call, form: str) -> bool:
-    return call.op.one_step is not None and "taylor2" not in form and "block" not in form
+    return call.op.one_step is not None and "taylor2" not in form
 
 
 @in_kernels

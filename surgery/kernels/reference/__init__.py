@@ -6,6 +6,7 @@ from .gated import gated_linear_attention
 from .hybrid import hybrid_attention
 from .linear import linear_attention
 from .mesa import mesa_attention
+from .norm import head_norm
 from .slots import gated_slot_attention
 from .transfer import attention_cross_entropy, output_error
 from .window import window_attention
@@ -17,6 +18,7 @@ __all__ = [
     "delta_attention",
     "gated_linear_attention",
     "gated_slot_attention",
+    "head_norm",
     "hybrid_attention",
     "linear_attention",
     "mesa_attention",

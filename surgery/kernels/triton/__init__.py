@@ -21,6 +21,8 @@ from .delta import delta_rule
 from .error import output_error
 from .hybrid import hybrid_attention, window_attention
 from .mixed_step import hybrid_attention_step, window_attention_step
+from .norm import head_norm
+from .slot_step import gated_slot_attention_step
 from .slots import slot_attention
 from .steps import covered, delta_attention_step, gated_linear_attention_step, linear_attention_step
 from .transfer import attention_cross_entropy
@@ -36,6 +38,8 @@ __all__ = [
     "gated_linear_attention",
     "gated_linear_attention_step",
     "gated_slot_attention",
+    "gated_slot_attention_step",
+    "head_norm",
     "hybrid_attention",
     "hybrid_attention_step",
     "linear_attention",
@@ -214,6 +218,12 @@ def _repeated(x: Tensor, heads: int) -> Tensor:
     return x if x.shape[2] == heads else x.repeat_interleave(heads // x.shape[2], 2)
 
 
+def constant(gate: Tensor) -> bool:
+    """Whether [B, T, H] is one number per head, stored as no more."""
+    along = zip(gate.shape[:2], gate.stride()[:2], strict=True)
+    return gate.ndim == 3 and all(size == 1 or stride == 0 for size, stride in along)
+
+
 def _documents(segments: Tensor | None, lengths: Tensor | None) -> Tensor | None:
     """[B, T]: counts the documents of each row; padding belongs to the last."""
     if segments is None:
@@ -247,7 +257,9 @@ def _attention(
         return None
     # padding leaves the state as it is
     (phi_k,) = real(lengths, phi_k)
-    if gate is not None:
+    if gate is not None and constant(gate) and not (return_state and lengths is not None):
+        gate = gate[0, 0].repeat_interleave(phi_k.shape[2] // gate.shape[2])
+    elif gate is not None:
         (gate,) = real(lengths, _repeated(gate, phi_k.shape[2]))
     tensors = phi_q, phi_k, v.to(q.dtype)
     options: dict[str, Any] = {

@@ -23,6 +23,8 @@ from .steps import TILE, Given, InPlace, Map, covered, mapped, rows, single, war
 
 TICKET = tl.constexpr(1 << 32)
 COPIED = tl.constexpr(1024)
+SEEN_BLOCKS = {"sliding": 0, "block": 1, "terraced": 2}
+"""How many blocks a window sees, if any: its own, and the one before."""
 
 
 @triton.jit
@@ -90,7 +92,7 @@ def mixed_kernel(
     sink_k_ptr, sink_v_ptr, seen_ptr, S_ptr, z_ptr, y_ptr,
     q_row, k_row, v_row, linear_q_row, linear_k_row, scale, cap,
     H: tl.constexpr, H_KV: tl.constexpr, H_S: tl.constexpr, D_WIDTH: tl.constexpr, V_WIDTH: tl.constexpr,
-    WIDTH: tl.constexpr, R: tl.constexpr, SIZE: tl.constexpr, SINKS: tl.constexpr, TERRACED: tl.constexpr,
+    WIDTH: tl.constexpr, R: tl.constexpr, SIZE: tl.constexpr, SINKS: tl.constexpr, BLOCKS: tl.constexpr,
     ROWS: tl.constexpr, D: tl.constexpr, V: tl.constexpr, D_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr, F: tl.constexpr,
     N: tl.constexpr, W: tl.constexpr, SINK_ROWS: tl.constexpr, HALVES: tl.constexpr, LINEAR: tl.constexpr,
     JOINT: tl.constexpr, RAW: tl.constexpr, CAP: tl.constexpr, LENGTHS: tl.constexpr, MAP_Q: tl.constexpr,
@@ -176,12 +178,12 @@ def mixed_kernel(
         kept = rank - 1 - (rank + R - 1 - r) % R
         known = (r < R) & (kept > rank - R) & (kept >= SINKS)
         near = known
-        if TERRACED:
-            near = known & (kept // SIZE >= rank // SIZE - 1)
+        if BLOCKS:
+            near = known & (kept // SIZE > rank // SIZE - BLOCKS)
         keys = load_keys(ring_k_ptr + kv * D_WIDTH, r, near, D_WIDTH, K_STRIDE, D)
         values = load_keys(ring_v_ptr + kv * V_WIDTH, r, near, V_WIDTH, V_STRIDE, V)
         largest, total, sums = attend(queries, keys, values, near, largest, total, sums, scale, cap, G, ROWS, W, V, CAP)
-        if TERRACED and LINEAR:
+        if BLOCKS and LINEAR:
             beyond = known & (near == 0)
             if tl.max(beyond.to(tl.int32), 0) > 0:
                 base = ring_linear_ptr + kv * D_WIDTH
@@ -262,7 +264,7 @@ def _launch(
     map_q: str,
     map_k: str,
     size: int,
-    terraced: bool,
+    blocks: int,
     scaling: float,
     cap: float,
 ) -> Tensor:
@@ -277,7 +279,7 @@ def _launch(
     y = q.new_empty(batch, 1, heads, v.shape[3])
     options = _options(
         (heads, k.shape[2], state_heads), (dim, v.shape[3], maps_k.sizes(k)),
-        (ring_k.shape[1], size, 0 if sink_k is None else sink_k.shape[1], terraced), maps_q.given, maps_k.given,
+        (ring_k.shape[1], size, 0 if sink_k is None else sink_k.shape[1], blocks), maps_q.given, maps_k.given,
         LINEAR=S is not None, JOINT=factor is not None, RAW=ring_linear_k is not None, CAP=cap > 0,
         LENGTHS=lengths is not None,
     )  # fmt: skip
@@ -293,7 +295,7 @@ def _launch(
 def _options(
     heads: tuple[int, int, int],
     widths: tuple[int, int, tuple[int, int]],
-    window: tuple[int, int, int, bool],
+    window: tuple[int, int, int, int],
     map_q: Given,
     map_k: Given,
     **flags: bool,
@@ -301,16 +303,16 @@ def _options(
     """Constants of a launch.
 
     heads: of queries, keys and the state. widths: of keys, of values, and of one half of their features, and halves.
-    window: slots of the ring, size, sinks, and whether it is terraced.
+    window: slots of the ring, size, sinks, and how many blocks it sees.
     """
-    (h, h_kv, h_s), (dim, columns, (width, halves)), (ring, size, sinks, terraced) = heads, widths, window
+    (h, h_kv, h_s), (dim, columns, (width, halves)), (ring, size, sinks, blocks) = heads, widths, window
     f, d, x = padded(width), padded(dim), padded(columns)
-    # features of keys, which only terraced windows need, take as much room again
-    more = flags["LINEAR"] and terraced
+    # features of keys, which only windows of blocks need, take as much room again
+    more = flags["LINEAR"] and blocks > 0
     w = max(16, min(padded(ring, 1), 32 if more else 128, TILE // (4 if more else 2) // max(d, x, f)))
     return dict(
         H=h, H_KV=h_kv, H_S=h_s, D_WIDTH=dim, V_WIDTH=columns, WIDTH=width, R=ring, SIZE=size, SINKS=sinks,
-        TERRACED=terraced, ROWS=padded(h // h_s, 1), D=d, V=x, D_BLOCK=rows(dim, f), K_BLOCK=min(d, 32), F=f,
+        BLOCKS=blocks, ROWS=padded(h // h_s, 1), D=d, V=x, D_BLOCK=rows(dim, f), K_BLOCK=min(d, 32), F=f,
         N=min(f, TILE // x), W=w, SINK_ROWS=padded(sinks, 1), HALVES=halves, **flags, **map_q.told("Q"),
         **map_k.told("K"), num_warps=8 if more else warps(max(w, f if flags["LINEAR"] else 0) * x),
     )  # fmt: skip
@@ -379,7 +381,7 @@ def _mixed(
     left = {"ring_linear_k"} if linear_k is None else set()
     left |= {"S", "z"} if mix is None else set()
     kept = [None if name in left else state.get(name) for name in CHANGED]
-    if not window.size or window.layout == "block" or state["ring_k"].shape[1] != window.ring or not writable(*kept):
+    if not window.size or state["ring_k"].shape[1] != window.ring or not writable(*kept):
         return None
     if not covered(q, k, v, linear_q, linear_k, *kept[:5], kept[6]):
         return None
@@ -390,5 +392,5 @@ def _mixed(
         numbers = (mix.factor, None, None, None, None) if isinstance(mix, Joint) else (None, *mix)
     return _step(
         kept, q, k, v, linear_q, linear_k, *map_q, *map_k, *numbers, lengths, *kept, name_q, name_k, window.size,
-        window.layout == "terraced", float(scaling), 0.0 if softcap is None else float(softcap),
+        SEEN_BLOCKS[window.layout], float(scaling), 0.0 if softcap is None else float(softcap),
     )  # fmt: skip
