@@ -29,6 +29,9 @@ from surgery.kernels.triton import (
     channel_sweeps,
     delta,
     delta_backward,
+    delta_channel,
+    delta_channel_backward,
+    delta_channel_forward,
     delta_forward,
     norm,
     slot_kernels,
@@ -43,14 +46,15 @@ POINTERS = {"gate_ptr": "*fp32", "document_ptr": "*i32", "states_ptr": "*bf16"}
 SINGLE = ("S_ptr", "z_ptr", "mass_ptr", "S_after_ptr", "z_after_ptr", "excess_ptr", "factor_ptr", "dgate_ptr", "zs_ptr")
 SINGLE += ("beta_ptr", "dbeta_ptr", "dS_after_ptr", "dz_after_ptr", "dS_ptr", "dz_ptr", "dzs_ptr", "near_ptr")
 SINGLE += ("inverse_ptr", "total_ptr", "S_end_ptr", "z_end_ptr", "logit_ptr", "u_ptr", "du_ptr", "dr_ptr")
-SINGLE += ("gain_ptr", "dgain_ptr")
+SINGLE += ("gain_ptr", "dgain_ptr", "q_since_ptr", "k_since_ptr", "k_until_ptr", "weight_ptr", "dA_ptr", "dW_ptr")
 SCALARS = {"scale": "fp32", "eps": "fp32"}
 SCALARS |= dict.fromkeys(("T", "stride_a", "stride_x", "span", "groups"), "i32")
-CHANNEL, DELTA, SLOTS, NORM = 3, 4, 5, 6
-"""A gate per channel, the delta rule, slots, and a norm, among the kinds that --gate takes."""
-FASTEST, UNTUNED, RARE = (
+CHANNEL, DELTA, KDA, SLOTS, NORM = 3, 4, 5, 6, 7
+"""Among the kinds that --gate takes: a gate per channel, the delta rule with one per head or channel, slots, a norm."""
+FASTEST, UNTUNED, UNTRIED, RARE = (
     "more warps or narrower tiles spill less and are slower on an H100: benchmarks/results/tune.json",
     "right on an H100, not tuned there yet",
+    "not tried on a GPU yet",
     "only chunks that decay by more than 2^-128 come here",
 )
 ALLOWED: dict[str, tuple[int, str]] = {
@@ -58,6 +62,8 @@ ALLOWED: dict[str, tuple[int, str]] = {
     # normalised ones keep what rounding takes, which is most of it
     "y": (2500, UNTUNED), "dq": (1300, UNTUNED), "dk": (1600, FASTEST), "dv": (2000, UNTUNED), "dqk": (700, UNTUNED),
     "logits": (600, UNTUNED), "fused y": (300, UNTUNED), "S": (100, UNTUNED), "dS": (900, UNTUNED),
+    "kda weights": (600, UNTRIED), "kda S": (200, UNTRIED), "kda dS": (1000, UNTRIED), "kda pairs": (50, UNTRIED),
+    "kda dqk": (5500, UNTRIED),
     "far y": (10**6, RARE), "far dqk": (10**6, RARE), "far dv": (10**6, RARE), "far logits": (10**6, RARE),
     # of windows and hybrids
     "tile_outputs": (100, FASTEST), "query_gradients": (1100, FASTEST), "feature_gradients": (500, FASTEST),
@@ -166,6 +172,28 @@ def norm_variants(columns: int, groups: int) -> Iterator[Variant]:
         yield Variant(name, kernel, told | {"INTERPRET": False}, {})
 
 
+def kda_variants(features: int, columns: int, groups: int) -> Iterator[Variant]:
+    """The same of the kernels with a gate per channel."""
+    sizes = {"q": (8 * groups, features), "k": (8, features), "v": (8, columns)}
+    q, k, v = (torch.empty(1, 64, *sizes[n], dtype=torch.bfloat16, device="meta") for n in "qkv")
+    beta = torch.empty(1, 64, 8, device="meta")
+    call = delta_channel.Call(q, k, v, beta, beta, beta.int(), 1.0)
+    for name, kernel in (
+        ("kda made", delta_channel_forward.decayed),
+        ("kda inverse", delta_channel_forward.inverses),
+        ("kda weights", delta_channel_forward.pair_weights),
+        ("kda S", delta_channel_forward.state_sweep),
+        ("kda y", delta_channel_forward.outputs),
+        ("kda du", delta_channel_backward.local_gradients),
+        ("kda dS", delta_channel_backward.gradient_sweep),
+        ("kda pairs", delta_channel_backward.pair_gradients),
+        ("kda dqk", delta_channel_backward.feature_gradients),
+    ):
+        told = call.told(kernel, CARRIED=True, DS_AFTER=True, DS=True, INTERPRET=False)
+        options = {n: told.pop(n) for n in ("num_warps", "num_stages")}
+        yield Variant(name, kernel, told, options)
+
+
 def compiled(variant: Variant, arch: int, dtype: str) -> Any:
     """What Triton makes of it, with the alignment that launches have."""
     names = list(inspect.signature(variant.kernel.fn).parameters)
@@ -224,8 +252,8 @@ def found(features: int, columns: int, groups: int, gate: int, normalize: bool) 
         return iter(()) if normalize else delta_variants(features, columns, groups)
     if gate == NORM:
         return iter(()) if normalize or features != columns else norm_variants(columns, groups)
-    if gate == SLOTS:
-        return iter(()) if normalize else slot_variants(features, columns, groups)
+    if gate in (SLOTS, KDA):
+        return iter(()) if normalize else (slot_variants if gate == SLOTS else kda_variants)(features, columns, groups)
     return variants(features, columns, groups, gate, normalize)
 
 
@@ -241,8 +269,8 @@ def main(arguments: list[str] | None = None) -> int:
         "--gate",
         type=int,
         nargs="*",
-        default=[0, 1, 2, 3, 4, 5, 6],
-        help="0 none, 1 fixed, 2 scalar, 3 channel, 4 the delta rule with a scalar one, 5 slots, 6 a norm",
+        default=[0, 1, 2, 3, 4, 5, 6, 7],
+        help="0 none, 1 fixed, 2 scalar, 3 channel, 4 and 5 the delta rule with a scalar or channel one, 6 slots, 7 a norm",
     )
     parser.add_argument("--plain", action="store_true", help="leave normalised attention out")
     chosen = parser.parse_args(arguments)
@@ -260,7 +288,7 @@ def main(arguments: list[str] | None = None) -> int:
                                 for v in found(features, dim, group, gate, normalize):
                                     line, wrong = judge(compiled(v, arch, dtype), arch, v.sweep)
                                     c = v.constants
-                                    cut = c.get("X", c.get("M", c.get("D" if v.sweep == "y" else "F")))
+                                    cut = c.get("X", c.get("M", c.get("D" if v.sweep == "y" else "F", c.get("D"))))
                                     head = f"{arch}  {dtype:5} {features:4} {dim:4} {group:5} {gate:4} {normalize:4}"
                                     chunk, warps = c.get("C", c.get("R")), v.options.get("num_warps", 4)
                                     head += f" {v.sweep:>5} {chunk:5} {cut:4} {warps:5}"

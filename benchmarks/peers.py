@@ -72,6 +72,27 @@ def averages(q: Tensor, v: Tensor, gate: Tensor, **_: Any) -> Tensor:
     return channel(q, written(gate, v.dtype), v, gate)
 
 
+def delta(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, **_: Any) -> Tensor:
+    from fla.ops.delta_rule import chunk_delta_rule
+
+    return chunk_delta_rule(q, *repeated(q, k, v, beta), scale=1.0)[0]
+
+
+def gated_delta(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, gate: Tensor, **_: Any) -> Tensor:
+    """Without tilelang it refuses to train on Hopper with Triton 3.4 to 3.6."""
+    from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+
+    k, v, beta, gate = repeated(q, k, v, beta, gate)
+    return chunk_gated_delta_rule(q, k, v, gate, beta, scale=1.0)[0]
+
+
+def kda(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, gate: Tensor, **_: Any) -> Tensor:
+    from fla.ops.kda import chunk_kda
+
+    k, v, beta, gate = repeated(q, k, v, beta, gate)
+    return chunk_kda(q, k, v, gate, beta, scale=1.0)[0]
+
+
 class Window:
     """A sliding softmax window by FlexAttention, compiled once, with the log of each row's sum."""
 

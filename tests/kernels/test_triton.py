@@ -199,7 +199,7 @@ def test_any_shape(tokens, gate, normalize, groups, features, columns, carried, 
 
 
 FORMS = ("linear", "linear-per-head", "gated-scalar", "gated-channel", "gated-normalized", "gated-per-head")
-FORMS += ("delta", "delta-scalar", "delta-plain")
+FORMS += ("delta", "delta-scalar", "delta-channel", "delta-plain")
 
 
 @pytest.mark.parametrize("form", FORMS)

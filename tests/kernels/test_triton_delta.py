@@ -4,71 +4,18 @@ from __future__ import annotations
 
 import math
 import os
-from typing import Any
 
 import pytest
 import torch
+from delta_cases import draw, error, exact
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_cases import Call, Shape, difference, everything
-from torch import Tensor
-
-from surgery import kernels
 
 if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("kernels run on a GPU or in the interpreter", allow_module_level=True)
 
 delta_rule = pytest.importorskip("surgery.kernels.triton").delta_rule
-IDENTITY = kernels.Features("identity")
-
-
-def draw(
-    tokens: int,
-    gate: bool = True,
-    heads: tuple[int, int, int] = (2, 1, 1),
-    features: int = 16,
-    columns: int = 16,
-    batch: int = 1,
-    carried: bool = True,
-    half_life: float = 3.0,
-    alike: float = 0.0,
-    seed: int = 0,
-) -> dict[str, Tensor]:
-    """Tensors of a call: heads of queries, of the state and of v; keys of length one, more or less alike."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def random(*size: int) -> Tensor:
-        return torch.randn(*size, generator=generator)
-
-    h, h_s, h_kv = heads
-    keys = random(batch, tokens, h_s, features) + alike
-    tensors = {
-        "q": random(batch, tokens, h, features),
-        "k": torch.nn.functional.normalize(keys, dim=-1),
-        "v": random(batch, tokens, h_kv, columns),
-        "beta": 2 * random(batch, tokens, h_s).sigmoid(),
-    }
-    if gate:
-        tensors["log_decay"] = -math.log(2) / half_life * random(batch, tokens, h_s).exp()
-    if carried:
-        tensors["S"] = random(batch, h_s, features, columns)
-    return tensors
-
-
-def exact(q, k, v, beta, *, log_decay=None, scale=1.0, S=None, documents=None):
-    """The recurrence, token by token, through the operation's reference."""
-    y, after = kernels.delta_attention.reference(
-        q, k, v.repeat_interleave(k.shape[2] // v.shape[2], 2), beta, log_decay, features_q=IDENTITY,
-        features_k=IDENTITY, unit=False, scale=scale, state=None if S is None else {"S": S}, segments=documents,
-        return_state=True,
-    )  # fmt: skip
-    return y, after["S"]
-
-
-def error(tensors: dict[str, Tensor], **options: Any) -> float:
-    options = {"scale": 0.7, **options}
-    found = everything(delta_rule, tensors, torch.float32, **options)
-    return difference(found, everything(exact, tensors, torch.float64, **options))
 
 
 @pytest.mark.parametrize("gate", [False, True], ids=["none", "scalar"])
@@ -169,5 +116,5 @@ def test_any_shape(tokens, gate, groups, features, columns, carried, packed, see
 
 
 def test_what_no_kernel_covers_runs_chunked():
-    for call in (Call.of("delta", Shape(9)), Call.of("delta-channel", Shape(9), torch.float32)):
+    for call in (Call.of("delta", Shape(9)), Call.of("delta-channel", Shape(9))):
         assert difference(call.run("triton"), call.run("chunked")) == 0

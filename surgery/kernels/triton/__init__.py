@@ -18,6 +18,7 @@ from .bidirectional import bidirectional_attention
 from .channel import channel_attention
 from .decay import WIDEST, decay_attention, require_gpu
 from .delta import delta_rule
+from .delta_channel import channel_delta_rule
 from .error import output_error
 from .hybrid import hybrid_attention, window_attention
 from .mixed_step import hybrid_attention_step, window_attention_step
@@ -31,6 +32,7 @@ __all__ = [
     "attention_cross_entropy",
     "bidirectional_attention",
     "channel_attention",
+    "channel_delta_rule",
     "decay_attention",
     "delta_attention",
     "delta_attention_step",
@@ -182,8 +184,10 @@ def _delta(
     segments: Tensor | None,
 ) -> tuple[Tensor, State | None] | None:
     """The call by kernels, None if they do not cover it."""
-    if not covered(q, v) or (gate is not None and gate.ndim == 4):
+    if not covered(q, v):
         return None
+    if gate is not None and gate.ndim == 4 and not (INTERPRET or forced()):
+        return None  # never ran on a GPU yet: by default plain torch until they have
     q, k, v = real(lengths, q, k, v)
     phi_q, phi_k = maps.apply(features_q, q), maps.apply(features_k, k)
     if phi_k.shape[-1] > WIDEST:
@@ -194,16 +198,16 @@ def _delta(
     phi_k, beta = real(lengths, phi_k, _repeated(beta, heads))
     if gate is not None:
         (gate,) = real(lengths, _repeated(gate, heads))
-    y, S = delta_rule(
-        phi_q.to(q.dtype),
-        phi_k.to(q.dtype),
-        v.to(q.dtype),
-        beta,
-        log_decay=gate,
-        scale=scale,
-        S=None if state is None else state["S"],
-        documents=_documents(segments, lengths),
-    )
+    tensors = phi_q.to(q.dtype), phi_k.to(q.dtype), v.to(q.dtype), beta
+    options: dict[str, Any] = {
+        "scale": scale,
+        "S": None if state is None else state["S"],
+        "documents": _documents(segments, lengths),
+    }
+    if gate is not None and gate.ndim == 4:
+        y, S = channel_delta_rule(*tensors, log_gate=gate, **options)
+    else:
+        y, S = delta_rule(*tensors, log_decay=gate, **options)
     return y, {"S": S} if return_state else None
 
 
