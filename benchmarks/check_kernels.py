@@ -23,6 +23,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from surgery.kernels.triton import (
+    bidirectional,
+    bidirectional_kernels,
     channel_configs,
     channel_far,
     channel_gradients,
@@ -38,13 +40,14 @@ from surgery.kernels.triton.configs import GATE_GRADIENT, NORMALIZED, PLAIN, con
 # bytes of shared memory a program may have
 SHARED = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}
 POINTERS = {"gate_ptr": "*fp32", "document_ptr": "*i32", "states_ptr": "*bf16"}
+POINTERS |= {"valid_ptr": "*i1", "start_ptr": "*i32", "end_ptr": "*i32"}
 SINGLE = ("S_ptr", "z_ptr", "mass_ptr", "S_after_ptr", "z_after_ptr", "excess_ptr", "factor_ptr", "dgate_ptr", "zs_ptr")
 SINGLE += ("beta_ptr", "dbeta_ptr", "dS_after_ptr", "dz_after_ptr", "dS_ptr", "dz_ptr", "dzs_ptr", "near_ptr")
-SINGLE += ("inverse_ptr", "total_ptr", "S_end_ptr", "z_end_ptr")
+SINGLE += ("inverse_ptr", "total_ptr", "S_end_ptr", "z_end_ptr", "state_ptr", "dstate_ptr", "share_ptr")
 SCALARS = {"scale": "fp32", "eps": "fp32"}
-SCALARS |= dict.fromkeys(("T", "stride_a", "stride_x", "span", "groups"), "i32")
-CHANNEL, DELTA = 3, 4
-"""A gate per channel, and the delta rule, among the kinds that --gate takes."""
+SCALARS |= dict.fromkeys(("T", "stride_a", "stride_x", "span", "groups", "tiles"), "i32")
+CHANNEL, DELTA, BOTH = 3, 4, 5
+"""A gate per channel, the delta rule, and both directions, among the kinds that --gate takes."""
 FASTEST, UNTUNED, RARE = (
     "more warps or narrower tiles spill less and are slower on an H100: benchmarks/results/tune.json",
     "right on an H100, not tuned there yet",
@@ -56,6 +59,8 @@ ALLOWED: dict[str, tuple[int, str]] = {
     "y": (2500, UNTUNED), "dq": (1300, UNTUNED), "dk": (1600, FASTEST), "dv": (2000, UNTUNED), "dqk": (600, UNTUNED),
     "fused y": (300, UNTUNED), "dS": (100, UNTUNED),
     "far y": (10**6, RARE), "far dqk": (10**6, RARE), "far dv": (10**6, RARE),
+    # of both directions
+    "packed dq": (300, UNTUNED),
     # of windows and hybrids
     "tile_outputs": (100, FASTEST), "query_gradients": (1100, FASTEST), "feature_gradients": (500, FASTEST),
     "key_gradients": (1000, FASTEST), "sink_gradients": (900, UNTUNED),
@@ -143,6 +148,26 @@ def delta_variants(features: int, columns: int, groups: int) -> Iterator[Variant
         yield Variant(name, kernel, told, options)
 
 
+def both_variants(features: int, columns: int, groups: int) -> Iterator[Variant]:
+    """The passes of attention without causality, of padded rows, without documents and with them."""
+    sizes = {"q": (8 * groups, features), "k": (8, features), "v": (8, columns)}
+    q, k, v = (torch.empty(1, 64, *sizes[n], dtype=torch.bfloat16, device="meta") for n in "qkv")
+    start = torch.empty(1, 64, dtype=torch.int32, device="meta")
+    for packed in (False, True):
+        call = bidirectional.Call(q, k, v, start.bool(), *((start, start) if packed else (None, None)))
+        for name, kernel, told in (
+            ("S", bidirectional_kernels.sums, call.told_sums(False)),
+            ("y", bidirectional_kernels.outputs, call.told_outputs()),
+            ("dq", bidirectional_kernels.query_gradients, call.told_queries()),
+            ("dS", bidirectional_kernels.sums, call.told_sums(True)),
+            ("dk", bidirectional_kernels.key_gradients, call.told_keys(True)),
+            ("dv", bidirectional_kernels.key_gradients, call.told_keys(False)),
+        ):
+            told |= {"INTERPRET": False}
+            options = {n: told.pop(n) for n in ("num_warps", "num_stages")}
+            yield Variant(f"{'packed' if packed else 'both'} {name}", kernel, told, options)
+
+
 def compiled(variant: Variant, arch: int, dtype: str) -> Any:
     """What Triton makes of it, with the alignment that launches have."""
     names = list(inspect.signature(variant.kernel.fn).parameters)
@@ -199,6 +224,8 @@ def found(features: int, columns: int, groups: int, gate: int, normalize: bool) 
         return channel_variants(features, columns, groups, normalize)
     if gate == DELTA:
         return iter(()) if normalize else delta_variants(features, columns, groups)
+    if gate == BOTH:
+        return both_variants(features, columns, groups) if normalize else iter(())
     return variants(features, columns, groups, gate, normalize)
 
 
@@ -214,8 +241,8 @@ def main(arguments: list[str] | None = None) -> int:
         "--gate",
         type=int,
         nargs="*",
-        default=[0, 1, 2, 3, 4],
-        help="0 none, 1 fixed, 2 scalar, 3 channel, 4 the delta rule with a scalar one",
+        default=[0, 1, 2, 3, 4, 5],
+        help="0 none, 1 fixed, 2 scalar, 3 channel, 4 the delta rule with a scalar one, 5 none in both directions",
     )
     parser.add_argument("--plain", action="store_true", help="leave normalised attention out")
     chosen = parser.parse_args(arguments)
