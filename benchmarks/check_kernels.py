@@ -14,43 +14,25 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from surgery.kernels.triton import (
-    channel_configs,
-    channel_far,
-    channel_gradients,
-    channel_sweeps,
-    delta,
-    delta_backward,
-    delta_channel,
-    delta_channel_backward,
-    delta_channel_forward,
-    delta_forward,
-    norm,
-    slot_kernels,
-    sweeps,
-)
-from surgery.kernels.triton.channel import Call
-from surgery.kernels.triton.configs import GATE_GRADIENT, NORMALIZED, PLAIN, config, padded
+from benchmarks.kernel_variants import KINDS, Variant
 
 # bytes of shared memory a program may have
 SHARED = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}
 POINTERS = {"gate_ptr": "*fp32", "document_ptr": "*i32", "states_ptr": "*bf16"}
+POINTERS |= {"valid_ptr": "*i1", "start_ptr": "*i32", "end_ptr": "*i32"}
 SINGLE = ("S_ptr", "z_ptr", "mass_ptr", "S_after_ptr", "z_after_ptr", "excess_ptr", "factor_ptr", "dgate_ptr", "zs_ptr")
 SINGLE += ("beta_ptr", "dbeta_ptr", "dS_after_ptr", "dz_after_ptr", "dS_ptr", "dz_ptr", "dzs_ptr", "near_ptr")
 SINGLE += ("inverse_ptr", "total_ptr", "S_end_ptr", "z_end_ptr", "logit_ptr", "u_ptr", "du_ptr", "dr_ptr")
 SINGLE += ("gain_ptr", "dgain_ptr", "q_since_ptr", "k_since_ptr", "k_until_ptr", "weight_ptr", "dA_ptr", "dW_ptr")
+SINGLE += ("state_ptr", "dstate_ptr", "share_ptr")
 SCALARS = {"scale": "fp32", "eps": "fp32"}
-SCALARS |= dict.fromkeys(("T", "stride_a", "stride_x", "span", "groups"), "i32")
-CHANNEL, DELTA, KDA, SLOTS, NORM = 3, 4, 5, 6, 7
-"""Among the kinds that --gate takes: a gate per channel, the delta rule with one per head or channel, slots, a norm."""
+SCALARS |= dict.fromkeys(("T", "stride_a", "stride_x", "span", "groups", "tiles"), "i32")
 FASTEST, UNTUNED, UNTRIED, RARE = (
     "more warps or narrower tiles spill less and are slower on an H100: benchmarks/results/tune.json",
     "right on an H100, not tuned there yet",
@@ -65,133 +47,13 @@ ALLOWED: dict[str, tuple[int, str]] = {
     "kda weights": (600, UNTRIED), "kda S": (200, UNTRIED), "kda dS": (1000, UNTRIED), "kda pairs": (50, UNTRIED),
     "kda dqk": (5500, UNTRIED),
     "far y": (10**6, RARE), "far dqk": (10**6, RARE), "far dv": (10**6, RARE), "far logits": (10**6, RARE),
+    # of both directions
+    "packed dq": (300, UNTUNED),
     # of windows and hybrids
     "tile_outputs": (100, FASTEST), "query_gradients": (1100, FASTEST), "feature_gradients": (500, FASTEST),
     "key_gradients": (1000, FASTEST), "sink_gradients": (900, UNTUNED),
 }  # fmt: skip
 """Bytes that a kernel may spill, stores and loads together, and why."""
-
-
-class Variant(NamedTuple):
-    """One kernel as it is compiled: which of its options hold, its sizes and its launch options."""
-
-    sweep: str
-    kernel: Any
-    constants: dict[str, Any]
-    options: dict[str, Any]
-
-
-def variants(features: int, columns: int, groups: int, gate: int, normalize: bool) -> Iterator[Variant]:
-    """The four sweeps of one kind of attention, everything optional switched on."""
-    heads = {"H": 8 * groups, "H_S": 8}
-    flags = {"GATE": gate, "DOCUMENTS": True, "NORMALIZE": normalize, "PRECISION": "ieee", "INTERPRET": False}
-    gradient = GATE_GRADIENT if gate else PLAIN
-    widths = {"F_WIDTH": features, "D_WIDTH": columns, "H_KV": 8}
-
-    def sized(kind: str, score: int, output: int, names: tuple[str, str]) -> tuple[dict[str, int], dict[str, int]]:
-        chunk, cut, warps, stages = config(kind, score, output, 16)
-        return {"C": chunk, names[0]: padded(score), names[1]: cut}, {"num_warps": warps, "num_stages": stages}
-
-    sizes, options = sized(NORMALIZED if normalize else PLAIN, features, columns, ("F", "D"))
-    yield Variant("y", sweeps.output_sweep, {**heads, **flags, **widths, **sizes, "CARRIED": True}, options)
-    sizes, options = sized(gradient, columns, features, ("D", "F"))
-    some = {"CARRIED": True, "GATE_GRADIENT": gate > 0}
-    yield Variant("dq", sweeps.query_sweep, {**heads, **flags, **widths, **sizes, **some}, options)
-    for name, score, output in (("dk", columns, features), ("dv", features, columns)):
-        sizes, options = sized(gradient if name == "dk" else PLAIN, score, output, ("A", "X"))
-        keys = name == "dk"
-        some = {"H_A": 8, "A_WIDTH": score, "X_WIDTH": output, "EXCESS": keys and normalize, "DS_AFTER": True}
-        some |= {"DZ_AFTER": keys and normalize, "DS": not keys, "DZ": keys and normalize}
-        some |= {"GATE_GRADIENT": keys and gate > 0}
-        yield Variant(name, sweeps.key_sweep, {**heads, **flags, **sizes, **some}, options)
-
-
-def channel_variants(features: int, columns: int, groups: int, normalize: bool) -> Iterator[Variant]:
-    """The same of the kernels with a gate per channel."""
-    heads = {"q": 8 * groups, "k": 8, "v": 8}
-    sizes = {n: (1, 64, h, columns if n == "v" else features) for n, h in heads.items()}
-    q, k, v = (torch.empty(size, dtype=torch.bfloat16, device="meta") for size in sizes.values())
-    call = Call(q, k, v, k, torch.empty(1, 64, dtype=torch.int32, device="meta"), normalize)
-    forward = {"CARRIED": True, "STATES": True, "REST": normalize, "MAKE": False}
-    fused = {"CARRIED": True, "STATES": False, "REST": False, "MAKE": True, "DOCUMENTS": False}
-    backward = {"DS_AFTER": True, "DZ_AFTER": normalize, "DS": True, "DZ": normalize, "GATE": True}
-    for name, kernel, row, more in (
-        ("made", channel_sweeps.prepare, channel_configs.PREPARE, {}),
-        ("y", channel_sweeps.output_sweep, channel_configs.SWEEP, forward),
-        ("fused y", channel_sweeps.output_sweep, channel_configs.SWEEP, fused),
-        ("dv", channel_sweeps.value_sweep, channel_configs.SWEEP, backward),
-        ("dqk", channel_gradients.key_query_gradients, channel_configs.GRADIENTS, backward),
-        ("far y", channel_far.far_outputs, channel_configs.FAR, forward),
-        ("far dqk", channel_far.far_key_query_gradients, channel_configs.GRADIENTS, backward),
-        ("far dv", channel_far.far_value_gradients, channel_configs.FAR, {}),
-    ):
-        if more is fused and (groups > 1 or normalize):
-            continue
-        told = call.told(kernel, call.tile(row), INTERPRET=False, **more)
-        options = {n: told.pop(n) for n in ("num_warps", "num_stages", "maxnreg")}
-        yield Variant(name, kernel, told, options)
-
-
-def delta_variants(features: int, columns: int, groups: int) -> Iterator[Variant]:
-    """The kernels of the delta rule with a gate per head, everything optional switched on."""
-    sizes = {"q": (8 * groups, features), "k": (8, features), "v": (8, columns)}
-    q, k, v = (torch.empty(1, 64, *sizes[n], dtype=torch.bfloat16, device="meta") for n in "qkv")
-    beta = torch.empty(1, 64, 8, device="meta")
-    call = delta.Call(q, k, v, beta, beta, beta.int(), 1.0)
-    for name, kernel, cut in (
-        ("inverse", delta_forward.inverses, "D"),
-        ("S", delta_forward.state_sweep, "D"),
-        ("y", delta_forward.outputs, "D"),
-        ("du", delta_backward.local_gradients, "D"),
-        ("dS", delta_backward.gradient_sweep, "D"),
-        ("dqk", delta_backward.chunk_gradients, "F"),
-    ):
-        flags = {"CARRIED": True, "DS_AFTER": True, "DS": True, "GATE_GRADIENT": True, "INTERPRET": False}
-        told = call.told(kernel, cut, **flags)
-        options = {n: told.pop(n) for n in ("num_warps", "num_stages")}
-        yield Variant(name, kernel, told, options)
-
-
-def slot_variants(slots: int, columns: int, groups: int) -> Iterator[Variant]:
-    """What slots have beside attention with a gate per channel, everything optional switched on."""
-    sizes = {"q": (8 * groups, slots), "k": (8, slots), "v": (8, columns)}
-    q, k, v = (torch.empty(1, 64, *sizes[n], dtype=torch.bfloat16, device="meta") for n in "qkv")
-    call = Call(q, k, v, k, torch.empty(1, 64, dtype=torch.int32, device="meta"), False)
-    tile = channel_configs.tile(channel_configs.LOGITS, columns, slots, 16)
-    widths = {"D_WIDTH": columns, "M_WIDTH": slots, "D": tile.channels, "M": tile.columns}
-    for name, kernel in (("logits", slot_kernels.logit_sweep), ("far logits", slot_kernels.far_logits)):
-        told = call.told(kernel, tile, CARRIED=True, INTERPRET=False, **widths)
-        options = {n: told.pop(n) for n in ("num_warps", "num_stages", "maxnreg")}
-        yield Variant(name, kernel, told, options)
-
-
-def norm_variants(columns: int, groups: int) -> Iterator[Variant]:
-    """The kernels of a norm, which knows no features and no groups."""
-    told = norm.told(torch.empty(1, 64, 8 * groups, columns, dtype=torch.bfloat16, device="meta"))[1]
-    for name, kernel in (("normed", norm.norm_rows), ("dy", norm.norm_gradients)):
-        yield Variant(name, kernel, told | {"INTERPRET": False}, {})
-
-
-def kda_variants(features: int, columns: int, groups: int) -> Iterator[Variant]:
-    """The same of the kernels with a gate per channel."""
-    sizes = {"q": (8 * groups, features), "k": (8, features), "v": (8, columns)}
-    q, k, v = (torch.empty(1, 64, *sizes[n], dtype=torch.bfloat16, device="meta") for n in "qkv")
-    beta = torch.empty(1, 64, 8, device="meta")
-    call = delta_channel.Call(q, k, v, beta, beta, beta.int(), 1.0)
-    for name, kernel in (
-        ("kda made", delta_channel_forward.decayed),
-        ("kda inverse", delta_channel_forward.inverses),
-        ("kda weights", delta_channel_forward.pair_weights),
-        ("kda S", delta_channel_forward.state_sweep),
-        ("kda y", delta_channel_forward.outputs),
-        ("kda du", delta_channel_backward.local_gradients),
-        ("kda dS", delta_channel_backward.gradient_sweep),
-        ("kda pairs", delta_channel_backward.pair_gradients),
-        ("kda dqk", delta_channel_backward.feature_gradients),
-    ):
-        told = call.told(kernel, CARRIED=True, DS_AFTER=True, DS=True, INTERPRET=False)
-        options = {n: told.pop(n) for n in ("num_warps", "num_stages")}
-        yield Variant(name, kernel, told, options)
 
 
 def compiled(variant: Variant, arch: int, dtype: str) -> Any:
@@ -245,18 +107,6 @@ def judge(kernel: Any, arch: int, name: str) -> tuple[str, list[str]]:
     return f"{registers:9d} {spills:6d} {shared / 1024:6.0f} {product:>6}", wrong
 
 
-def found(features: int, columns: int, groups: int, gate: int, normalize: bool) -> Iterator[Variant]:
-    if gate == CHANNEL:
-        return channel_variants(features, columns, groups, normalize)
-    if gate == DELTA:
-        return iter(()) if normalize else delta_variants(features, columns, groups)
-    if gate == NORM:
-        return iter(()) if normalize or features != columns else norm_variants(columns, groups)
-    if gate in (SLOTS, KDA):
-        return iter(()) if normalize else (slot_variants if gate == SLOTS else kda_variants)(features, columns, groups)
-    return variants(features, columns, groups, gate, normalize)
-
-
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--arch", type=int, nargs="*", default=list(SHARED), choices=list(SHARED))
@@ -265,17 +115,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--square", action="store_true", help="only as many features as columns")
     parser.add_argument("--dtype", nargs="*", default=["bf16", "fp16"])
     parser.add_argument("--group", type=int, nargs="*", default=[1, 4], help="query heads that share a state")
-    parser.add_argument(
-        "--gate",
-        type=int,
-        nargs="*",
-        default=[0, 1, 2, 3, 4, 5, 6, 7],
-        help="0 none, 1 fixed, 2 scalar, 3 channel, 4 and 5 the delta rule with a scalar or channel one, 6 slots, 7 a norm",
-    )
+    parser.add_argument("--kind", nargs="*", default=list(KINDS), choices=list(KINDS))
     parser.add_argument("--plain", action="store_true", help="leave normalised attention out")
     chosen = parser.parse_args(arguments)
     failed = 0
-    print("sm  dtype    F    D group gate norm sweep chunk cols warps registers spills smem/K product")
+    print("sm  dtype    F    D group kind    norm sweep chunk cols warps registers spills smem/K product")
     for arch in chosen.arch:
         for dtype in chosen.dtype:
             for features in chosen.features:
@@ -283,13 +127,13 @@ def main(arguments: list[str] | None = None) -> int:
                     if chosen.square and features != dim:
                         continue
                     for group in chosen.group:
-                        for gate in chosen.gate:
+                        for kind in chosen.kind:
                             for normalize in (False,) if chosen.plain else (False, True):
-                                for v in found(features, dim, group, gate, normalize):
+                                for v in KINDS[kind](features, dim, group, normalize):
                                     line, wrong = judge(compiled(v, arch, dtype), arch, v.sweep)
                                     c = v.constants
                                     cut = c.get("X", c.get("M", c.get("D" if v.sweep == "y" else "F", c.get("D"))))
-                                    head = f"{arch}  {dtype:5} {features:4} {dim:4} {group:5} {gate:4} {normalize:4}"
+                                    head = f"{arch}  {dtype:5} {features:4} {dim:4} {group:5} {kind:7} {normalize:4}"
                                     chunk, warps = c.get("C", c.get("R")), v.options.get("num_warps", 4)
                                     head += f" {v.sweep:>5} {chunk:5} {cut:4} {warps:5}"
                                     print(head, line, "; ".join(wrong), flush=True)

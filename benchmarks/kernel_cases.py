@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,6 +37,9 @@ class Shape:
 MAIN = [Shape(4, 8192, 32, 32, d) for d in (64, 128)]
 GROUPED = [Shape(4, 8192, 32, 8, d) for d in (64, 128)]
 OTHERS = [Shape(16, 2048, 32, 32, 128), Shape(1, 32768, 32, 32, 128), Shape(4, 32768, 32, 8, 128)]
+ENCODERS = [Shape(b, t, h, h, 64) for b, h in ((1, 8), (4, 16)) for t in (4096, 8192, 16384)]
+# self-attention of Stable Diffusion at 1024² and 2048² pixels
+IMAGES = [Shape(1, t, h, h, d) for t in (16384, 65536) for h, d in ((8, 40), (8, 64), (10, 64), (20, 64))]
 HARD = [Shape(1, 1024, 8, 8, 64), Shape(2, 4096, 16, 16, 256)]
 
 
@@ -113,8 +117,8 @@ def slotted(backend: str) -> Function:
     return lambda q, k, v, gate: getattr(kernels.gated_slot_attention, backend)(q, k, v, gate, scaling=1.0)[0]
 
 
-def normalised(backend: str) -> Function:
-    return decayed(backend, True)
+def both_directions(backend: str) -> Function:
+    return lambda q, k, v: getattr(kernels.bidirectional_attention, backend)(q, k, v, **IDENTITY)
 
 
 def delta(backend: str) -> Function:
@@ -168,12 +172,16 @@ class Case:
 
 SDPA = "SDPA flash, full attention"
 FULL = {SDPA: lambda s: peers.flash}
+SUMS = {"composition": lambda s: peers.sums, "compiled composition": lambda s: torch.compile(peers.sums)}
 CASES = {
     "linear": Case(
         linear_inputs, decayed, {"fla chunk_linear_attn": lambda s: peers.linear} | FULL, MAIN + OTHERS + HARD
     ),
     "linear normalised": Case(
-        positive_inputs, normalised, {"fla chunk_linear_attn, normalised": lambda s: peers.normalised}, MAIN
+        positive_inputs,
+        partial(decayed, normalize=True),
+        {"fla chunk_linear_attn, normalised": lambda s: peers.normalised},
+        MAIN,
     ),
     "lightning": Case(
         with_gate("fixed"), decayed, {"fla chunk_simple_gla(g_gamma)": lambda s: peers.lightning}, MAIN + GROUPED
@@ -199,6 +207,9 @@ CASES = {
         }
         | FULL,
         MAIN + GROUPED + OTHERS,
+    ),
+    "bidirectional": Case(
+        positive_inputs, both_directions, SUMS | {SDPA: lambda s: peers.flash_both}, ENCODERS + IMAGES
     ),
     "liger": Case(qkv, liger, {"composition": lambda s: peers.Liger(SIZE, s.tokens)}, GROUPED),
 }

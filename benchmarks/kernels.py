@@ -190,19 +190,8 @@ def merged(results: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    heads = [
-        "op",
-        "pass",
-        "shape",
-        "ours, ms",
-        "peer",
-        "peer, ms",
-        "ratio",
-        "× floor",
-        "eager, ours / peer",
-        "error, ours / peer",
-        "MiB, ours / peer",
-    ]
+    heads = ["op", "pass", "shape", "ours, ms", "peer", "peer, ms", "ratio", "× floor", "eager, ours / peer"]
+    heads += ["error, ours / peer", "MiB, ours / peer"]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for r in rows:
         ratio = "–" if r["ratio"] is None else f"{r['ratio']:.2f}"

@@ -19,6 +19,13 @@ def flash(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:
     return y.transpose(1, 2)
 
 
+def flash_both(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:
+    """The same of an encoder: every token sees every other."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    y = functional.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1])
+    return y.transpose(1, 2)
+
+
 def repeated(q: Tensor, *tensors: Tensor) -> list[Tensor]:
     """Heads repeated to those of q: flash-linear-attention has no grouped queries."""
     return [x.repeat_interleave(q.shape[2] // x.shape[2], 2) for x in tensors]
@@ -91,6 +98,13 @@ def kda(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, gate: Tensor, **_: Any) -
 
     k, v, beta, gate = repeated(q, k, v, beta, gate)
     return chunk_kda(q, k, v, gate, beta, scale=1.0)[0]
+
+
+def sums(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:
+    """Linear attention without causality as one writes it down."""
+    k, v = repeated(q, k, v)
+    norm = torch.einsum("bthf,bhf->bth", q, k.sum(1))
+    return torch.einsum("bthf,bhfd->bthd", q, torch.einsum("bthf,bthd->bhfd", k, v)) / norm.unsqueeze(-1)
 
 
 class Window:

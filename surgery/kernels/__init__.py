@@ -23,15 +23,15 @@ delta_attention = Op(
     reference.delta_attention,
     chunked.delta_attention,
     examples.delta,
-    in_triton("delta_attention"),
+    in_triton("delta_attention", untried=True),
     in_triton("delta_attention_step"),
 )
 gated_slot_attention = Op(
     reference.gated_slot_attention,
     chunked.gated_slot_attention,
     examples.slots,
-    in_triton("gated_slot_attention"),
-    in_triton("gated_slot_attention_step"),
+    in_triton("gated_slot_attention", untried=True),
+    in_triton("gated_slot_attention_step", untried=True),
 )
 mesa_attention = Op(reference.mesa_attention, chunked.mesa_attention, examples.mesa)
 window_attention = Op(
@@ -52,7 +52,7 @@ bidirectional_attention = Op(
     reference.bidirectional_attention,
     chunked.bidirectional_attention,
     examples.bidirectional,
-    in_triton("bidirectional_attention"),
+    in_triton("bidirectional_attention", untried=True),
 )
 bidirectional_cross_entropy = Op(
     reference.bidirectional_cross_entropy, chunked.bidirectional_cross_entropy, examples.bidirectional_transfer
@@ -63,7 +63,7 @@ attention_cross_entropy = Op(
     examples.transfer,
     in_triton("attention_cross_entropy"),
 )
-head_norm = Op(reference.head_norm, reference.head_norm, examples.heads, in_triton("head_norm"))
+head_norm = Op(reference.head_norm, reference.head_norm, examples.heads, in_triton("head_norm", untried=True))
 output_error = Op(reference.output_error, reference.output_error, examples.outputs, in_triton("output_error"))
 
 OPS = {

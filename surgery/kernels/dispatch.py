@@ -47,8 +47,11 @@ def _unknown(name: str) -> str:
     return f"There is no backend {name!r}: {VARIABLE} and surgery.kernels.backend take {names}."
 
 
-def in_triton(name: str) -> Callable[..., Any]:
-    """The function of that name of surgery.kernels.triton, imported when it is first called: not every machine can."""
+def in_triton(name: str, untried: bool = False) -> Callable[..., Any]:
+    """The function of that name of surgery.kernels.triton, imported when it is first called: not every machine can.
+
+    untried: these kernels have run on no GPU yet as they are now, so they run only where the backend is asked for.
+    """
 
     def run(*args: Any, **kwargs: Any) -> Any:
         try:
@@ -57,7 +60,12 @@ def in_triton(name: str) -> Callable[..., Any]:
             raise ModuleNotFoundError(MISSING, name="triton") from missing
         return getattr(triton, name)(*args, **kwargs)
 
+    run.untried = untried  # type: ignore[attr-defined]
     return run
+
+
+def _ready(function: Callable[..., Any] | None) -> bool:
+    return function is not None and (_forced is not None or not getattr(function, "untried", False))
 
 
 def preferred(x: torch.Tensor) -> str:
@@ -123,7 +131,9 @@ class Op(Generic[P, R]):
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         name, context, given, named = _chosen(args, kwargs)
-        run = getattr(self, name) or self.chunked
+        run = getattr(self, name)
+        if not _ready(run):
+            run = self.chunked
         with context:
             return run(*given, **named)
 
@@ -139,7 +149,8 @@ class Op(Generic[P, R]):
         if tokens != 1:
             raise ValueError(f"{self.name}.step takes one token of each row, not {tokens}: call the operation instead.")
         with context:
-            if name == "triton" and self.one_step is not None:
+            if name == "triton" and _ready(self.one_step):
+                assert self.one_step is not None
                 y = self.one_step(*given, state=state, **named)
                 if y is not None:
                     return y

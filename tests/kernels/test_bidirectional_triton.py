@@ -71,7 +71,7 @@ def test_lengths(tokens):
     assert error(draw(tokens, (1, 1, 1))) < 1e-5
 
 
-@pytest.mark.parametrize("heads", [(4, 2, 2), (4, 4, 2), (4, 2, 1)], ids=str)
+@pytest.mark.parametrize("heads", [(4, 4, 2), (4, 2, 1)], ids=str)
 @pytest.mark.parametrize("packed", [False, True])
 def test_shared_heads(heads, packed):
     segments = torch.tensor([[0] * 7 + [1] * 13]) if packed else None
@@ -89,10 +89,10 @@ def test_widths(features, columns, packed):
 @pytest.mark.parametrize("packed", [False, True])
 def test_padding(packed):
     """Wherever it stands, and a row of nothing else."""
-    mask = random(2, 35, 0.6)
+    mask = random(2, 20, 0.6)
     mask[1] = False
-    segments = random(2, 35, 0.1).cumsum(1) if packed else None
-    tensors = draw(35, (1, 1, 1), batch=2)
+    segments = random(2, 20, 0.2).cumsum(1) if packed else None
+    tensors = draw(20, (1, 1, 1), batch=2)
     assert error(tensors, mask=mask, segments=segments) < 1e-5
     spoiled = {n: x.masked_fill(~mask[:, :, None, None], float("nan")) for n, x in tensors.items()}
     clean, found = (everything(ours, t, torch.float32, mask=mask, segments=segments) for t in (tensors, spoiled))
@@ -113,8 +113,7 @@ def test_sixteen_bits(dtype):
     for segments in (None, random(1, 70, 0.1).cumsum(1)):
         found = everything(ours, tensors, dtype, segments=segments)
         assert all(x.dtype == dtype for x in found)
-        wide = everything(ours, tensors, torch.float32, segments=segments)
-        assert difference(found, wide) < 2e-2
+        assert difference(found, everything(exact, tensors, torch.float64, segments=segments)) < 2e-2
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -127,15 +126,15 @@ def test_is_an_operation_torch_knows(packed):
 
 def test_compiles_into_one_graph():
     torch._dynamo.reset()
-    tensors, options = draw(20), {"mask": random(1, 20, 0.8), "segments": random(1, 20, 0.1).cumsum(1)}
+    tensors, options = draw(9), {"mask": random(1, 9, 0.8), "segments": random(1, 9, 0.3).cumsum(1)}
     compiled = torch.compile(both_directions, fullgraph=True, backend="aot_eager")
     found = everything(lambda **x: (compiled(**x),), tensors, torch.float32, **options)
     assert difference(found, everything(ours, tensors, torch.float32, **options)) < 1e-6
 
 
-@settings(max_examples=5, deadline=None, derandomize=True)
+@settings(max_examples=3, deadline=None, derandomize=True)
 @given(
-    tokens=st.integers(1, 40),
+    tokens=st.integers(1, 33),
     groups=st.sampled_from([(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 4), (1, 2, 2)]),
     features=st.integers(1, 20),
     columns=st.integers(1, 20),
@@ -159,22 +158,21 @@ def leaves_of(arguments: dict[str, Any], dtype: torch.dtype) -> tuple[list[Any],
 @pytest.mark.parametrize("per_head", [False, True])
 def test_operation_is_the_reference(per_head):
     """Features, padding that is no number, packed documents and gradients of it all."""
-    shape = Shape(20, 2, 1)
-    mask, segments = random(2, 20, 0.8), random(2, 20, 0.2).cumsum(1)
-    for options in ({"mask": mask}, {"mask": mask, "segments": segments}):
-        results = []
-        for backend, dtype in (("triton", torch.float32), ("reference", torch.float64)):
-            leaves, structure = leaves_of(linear(Draw(shape), per_head), dtype)
-            arguments = tree_unflatten(leaves, structure)
-            if backend == "triton":
-                spoil = ~mask[:, :, None, None]
-                arguments |= {n: arguments[n].masked_fill(spoil, float("nan")) for n in ("q", "k", "v")}
-            y = getattr(kernels.bidirectional_attention, backend)(**arguments, **options)
-            y = y * mask[:, :, None, None]
-            weights = Draw(shape, seed=9)(*y.shape, dtype=y.dtype)
-            wanted = [x for x in leaves if isinstance(x, Tensor)]
-            results.append([y.detach(), *torch.autograd.grad((y * weights).sum(), wanted)])
-        assert difference(*results) < 1e-5
+    shape = Shape(20, 2, 1, batch=1)
+    mask, segments = random(1, 20, 0.8), random(1, 20, 0.2).cumsum(1)
+    options, results = {"mask": mask, "segments": segments if per_head else None}, []
+    for backend, dtype in (("triton", torch.float32), ("reference", torch.float64)):
+        leaves, structure = leaves_of(linear(Draw(shape), per_head), dtype)
+        arguments = tree_unflatten(leaves, structure)
+        if backend == "triton":
+            spoil = ~mask[:, :, None, None]
+            arguments |= {n: arguments[n].masked_fill(spoil, float("nan")) for n in ("q", "k", "v")}
+        y = getattr(kernels.bidirectional_attention, backend)(**arguments, **options)
+        y = y * mask[:, :, None, None]
+        weights = Draw(shape, seed=9)(*y.shape, dtype=y.dtype)
+        wanted = [x for x in leaves if isinstance(x, Tensor)]
+        results.append([y.detach(), *torch.autograd.grad((y * weights).sum(), wanted)])
+    assert difference(*results) < 1e-5
 
 
 def test_what_no_kernel_covers_runs_chunked():

@@ -12,10 +12,10 @@ import pytest
 pytest.importorskip("triton")
 ROOT = Path(__file__).resolve().parents[2]
 CHECKS = {
-    "decay": "check_kernels --square --group 1 --gate 2",
-    "channel": "check_kernels --features 128 --dim 128 --group 1 --gate 3 --plain",
-    "delta": "check_kernels --square --group 1 --gate 4",
-    "kda": "check_kernels --features 128 --dim 128 --group 1 --gate 5",
+    "decay": "check_kernels --square --group 1 --kind scalar",
+    "channel": "check_kernels --features 128 --dim 128 --group 1 --kind channel --plain",
+    "delta": "check_kernels --square --group 1 --kind delta",
+    "kda": "check_kernels --features 128 --dim 128 --group 1 --kind kda",
     "hybrid": "check_mixed --square --call joint,_more",
     "steps": "check_steps --dim 64 --step gla joint,_terraced",
 }

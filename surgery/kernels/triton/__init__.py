@@ -186,8 +186,6 @@ def _delta(
     """The call by kernels, None if they do not cover it."""
     if not covered(q, v):
         return None
-    if gate is not None and gate.ndim == 4 and not (INTERPRET or forced()):
-        return None  # never ran on a GPU yet: by default plain torch until they have
     q, k, v = real(lengths, q, k, v)
     phi_q, phi_k = maps.apply(features_q, q), maps.apply(features_k, k)
     if phi_k.shape[-1] > WIDEST:

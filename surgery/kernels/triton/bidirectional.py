@@ -72,10 +72,12 @@ class Call(NamedTuple):
 
     def told(self, widest: int, **flags: Any) -> dict[str, Any]:
         """widest: numbers of the largest piece of a state that a program holds."""
+        packed = self.start is not None
         return {
             "H": self.q.shape[2], "H_S": self.k.shape[2], "F_WIDTH": self.k.shape[3], "D_WIDTH": self.v.shape[3],
-            "C": self.rows, "MASK": self.valid is not None, "DOCUMENTS": self.start is not None, "PRECISION": "ieee",
-            "INTERPRET": INTERPRET, "num_warps": 4 if widest <= 64 * 128 else 8, "num_stages": 2, **flags,
+            "C": self.rows, "MASK": self.valid is not None, "DOCUMENTS": packed, "PRECISION": "ieee",
+            "INTERPRET": INTERPRET, "num_warps": 8 if packed or widest > 64 * 128 else 4,
+            "num_stages": 1 if packed else 2, **flags,
         }  # fmt: skip
 
     def told_sums(self, queries: bool) -> dict[str, Any]:
@@ -90,7 +92,7 @@ class Call(NamedTuple):
 
     def told_queries(self) -> dict[str, Any]:
         d, f = self.wide(self.v.shape[3]), self.k.shape[3]
-        x = self.cut(f, 128 if self.wide(f) <= 128 and d <= 128 else 64)
+        x = self.cut(f, 128 if max(self.wide(f), d) <= 128 and self.start is None else 64)
         return self.told(d * x, D=d, X=x, H_KV=self.v.shape[2])
 
     def told_keys(self, keys: bool) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """The passes of linear attention without causality: sums of outer products, and rows times such sums.
 
+What two products in a row read is as it was loaded: ptxas 12.8 may overwrite an operand in registers between them.
+
 A state is S [F, D_v], then z [F], in one piece of memory, fp32. Without documents there is one per row and head. With
 them there is one for each tile of C tokens: that of the document which begins in the tile and goes on behind it.
 Documents that lie within one tile need none, since their tokens meet in the tile.
@@ -34,17 +36,19 @@ def rows_of(live, C: tl.constexpr):
 
 @triton.jit
 def documents(start_ptr, end_ptr, b, n, T, C: tl.constexpr):
-    """Of tile n: which tokens are of a document that began before it, which of one that only goes on behind it, which
-    pairs of one that does neither, and the state of the first."""
+    """Of tile n: which of the states `which` numbers each token reads [C], if any, and which pairs read each other."""
     r = tl.arange(0, C)
     row, live = b * T + n * C, T - n * C
     start = tl.load(start_ptr + row + r, mask=r < live, other=-1)
     end = tl.load(end_ptr + row + r, mask=r < live, other=0)
-    before = start < n * C
-    behind = (start >= n * C) & (end > (n + 1) * C)
-    inside = (start >= n * C) & (end <= (n + 1) * C)
-    pairs = (start[:, None] == start[None, :]) & inside[:, None]
-    return before, behind, pairs, tl.load(start_ptr + row) // C
+    side = tl.where(start < n * C, 0, tl.where(end > (n + 1) * C, 1, 2))
+    return side, (start[:, None] == start[None, :]) & (side == 2)[:, None]
+
+
+@triton.jit
+def which(start_ptr, b, n, side, T, C: tl.constexpr):
+    """The state of the document that began before tile n (side 0), and of that which goes on behind it (side 1)."""
+    return tl.where(side == 0, tl.load(start_ptr + b * T + n * C) // C, n)
 
 
 @triton.jit
@@ -95,12 +99,6 @@ def load_z(ptr, first, F_WIDTH: tl.constexpr, D_WIDTH: tl.constexpr, X: tl.const
     """[X]: features first … of the z behind an S."""
     x = first + tl.arange(0, X)
     return tl.load(ptr + F_WIDTH * D_WIDTH + x, mask=x < F_WIDTH, other=0.0)
-
-
-@triton.jit
-def of_rows(before, behind, x, y):
-    """x for rows of a document that began before the tile, y for those of one that goes on behind it, else zero."""
-    return tl.where(before, x, tl.where(behind, y, 0.0))
 
 
 @triton.jit(do_not_specialize=["T", "span"])
@@ -183,30 +181,31 @@ def outputs(
     slice_, head, b = tl.program_id(0) % slices, tl.program_id(1), tl.program_id(2).to(tl.int64)
     lowest, chunks = tl.program_id(0) // slices * tiles, tl.cdiv(T, C)
     first = slice_ * X
-    state = state_at(state_ptr, b, 0, head, 1, H_S, F_WIDTH, D_WIDTH)
     if DOCUMENTS:
-        row = b * T + lowest * C
-        before, behind, pairs, old = documents(start_ptr, end_ptr, b, lowest, T, C)
-        state = state_at(state_ptr, b, old, head, chunks, H_S, F_WIDTH, D_WIDTH)
-        S_before, z_before = load_S(state, first, False, F_WIDTH, D_WIDTH, F, X), load_z(state, 0, F_WIDTH, D_WIDTH, F)
-        state = state_at(state_ptr, b, lowest, head, chunks, H_S, F_WIDTH, D_WIDTH)
-        rows = rows_of(real_rows(valid_ptr, row, lowest * C, 0, T, MASK, C), C)
-        k = load_rows(k_ptr, row, rows, head, 0, H_S, F_WIDTH, C, F, INTERPRET)
-        v = load_rows(v_ptr, row, rows, head // (H_S // H_KV), first, H_KV, D_WIDTH, C, X, INTERPRET)
-    S, z = load_S(state, first, False, F_WIDTH, D_WIDTH, F, X), load_z(state, 0, F_WIDTH, D_WIDTH, F)
-    for step in range((tl.minimum(lowest + tiles, chunks) - lowest) * groups):
+        side, pairs = documents(start_ptr, end_ptr, b, lowest, T, C)
+    else:
+        state = state_at(state_ptr, b, 0, head, 1, H_S, F_WIDTH, D_WIDTH)
+        S, z = load_S(state, first, False, F_WIDTH, D_WIDTH, F, X), load_z(state, 0, F_WIDTH, D_WIDTH, F)
+    for step in range(groups if DOCUMENTS else tl.minimum(tiles, chunks - lowest) * groups):
         n, query = lowest + step // groups, head * groups + step % groups
         row = b * T + n * C
         live = real_rows(valid_ptr, row, n * C, 0, T, MASK, C)
-        q = load_rows(q_ptr, row, rows_of(live, C), query, 0, H, F_WIDTH, C, F, INTERPRET)
-        y = times(q, S, PRECISION)
-        mass = tl.sum(q.to(tl.float32) * z[None, :], 1)
+        rows = rows_of(live, C)
+        q = load_rows(q_ptr, row, rows, query, 0, H, F_WIDTH, C, F, INTERPRET)
         if DOCUMENTS:
-            y = of_rows(before[:, None], behind[:, None], times(q, S_before, PRECISION), y)
-            mass = of_rows(before, behind, tl.sum(q.to(tl.float32) * z_before[None, :], 1), mass)
+            k = load_rows(k_ptr, row, rows, head, 0, H_S, F_WIDTH, C, F, INTERPRET)
+            v = load_rows(v_ptr, row, rows, head // (H_S // H_KV), first, H_KV, D_WIDTH, C, X, INTERPRET)
             scores = tl.where(pairs, tl.dot(q, tl.trans(k), input_precision=PRECISION), 0.0)
-            y = exactly(scores, v, y, PRECISION)
-            mass += tl.sum(scores, 1)
+            y, mass = exactly(scores, v, tl.zeros([C, X], tl.float32), PRECISION), tl.sum(scores, 1)
+            for i in range(2):
+                state = state_at(state_ptr, b, which(start_ptr, b, n, i, T, C), head, chunks, H_S, F_WIDTH, D_WIDTH)
+                S, z = load_S(state, first, False, F_WIDTH, D_WIDTH, F, X), load_z(state, 0, F_WIDTH, D_WIDTH, F)
+                mine = rows_of(live & (side == i), C)
+                some = load_rows(q_ptr, row, mine, query, 0, H, F_WIDTH, C, F, INTERPRET)
+                y += times(some, S, PRECISION)
+                mass += tl.sum(some.to(tl.float32) * z[None, :], 1)
+        else:
+            y, mass = times(q, S, PRECISION), tl.sum(q.to(tl.float32) * z[None, :], 1)
         mass = tl.where(live, mass + eps, 1.0)
         store_rows(y_ptr, y / mass[:, None], row, T - n * C, query, first, H, D_WIDTH, C, X)
         if slice_ == 0:
@@ -231,14 +230,10 @@ def query_gradients(
     lowest, chunks = tl.program_id(0) * tiles, tl.cdiv(T, C)
     state = state_at(state_ptr, b, 0, head, 1, H_S, F_WIDTH, D_WIDTH)
     if DOCUMENTS:
-        row = b * T + lowest * C
-        before, behind, pairs, old = documents(start_ptr, end_ptr, b, lowest, T, C)
-        state_before = state_at(state_ptr, b, old, head, chunks, H_S, F_WIDTH, D_WIDTH)
-        state = state_at(state_ptr, b, lowest, head, chunks, H_S, F_WIDTH, D_WIDTH)
-        keys = rows_of(real_rows(valid_ptr, row, lowest * C, 0, T, MASK, C), C)
-        v = load_rows(v_ptr, row, keys, head // (H_S // H_KV), 0, H_KV, D_WIDTH, C, D, INTERPRET)
-    S, z = load_S(state, 0, True, F_WIDTH, D_WIDTH, D, X), load_z(state, 0, F_WIDTH, D_WIDTH, X)
-    for step in range((tl.minimum(lowest + tiles, chunks) - lowest) * groups):
+        side, pairs = documents(start_ptr, end_ptr, b, lowest, T, C)
+    elif slices == 1:
+        S, z = load_S(state, 0, True, F_WIDTH, D_WIDTH, D, X), load_z(state, 0, F_WIDTH, D_WIDTH, X)
+    for step in range(groups if DOCUMENTS else tl.minimum(tiles, chunks - lowest) * groups):
         n, query = lowest + step // groups, head * groups + step % groups
         row = b * T + n * C
         live = real_rows(valid_ptr, row, n * C, 0, T, MASK, C)
@@ -246,24 +241,28 @@ def query_gradients(
         dy = load_rows(dy_ptr, row, rows, query, 0, H, D_WIDTH, C, D, INTERPRET)
         mass = load_each(mass_ptr, row, T - n * C, query, H, C, 1.0)
         if DOCUMENTS:
+            v = load_rows(v_ptr, row, rows, head // (H_S // H_KV), 0, H_KV, D_WIDTH, C, D, INTERPRET)
             scores = tl.where(pairs, tl.dot(dy, tl.trans(v), input_precision=PRECISION), 0.0)
         mean = tl.zeros([C], tl.float32)
         # where columns are many, all of them twice: the first turn knows no mean yet, and the second overwrites it
         for turn in range(2 * slices if slices > 1 else 1):
             first = turn % slices * X
-            if slices > 1:
-                S = load_S(state, first, True, F_WIDTH, D_WIDTH, D, X)
-                z = load_z(state, first, F_WIDTH, D_WIDTH, X)
-            dq = times(dy, S, PRECISION)
-            z_rows = tl.zeros([C, X], tl.float32) + z[None, :]
             if DOCUMENTS:
-                S_before = load_S(state_before, first, True, F_WIDTH, D_WIDTH, D, X)
-                z_before = load_z(state_before, first, F_WIDTH, D_WIDTH, X)
-                k = load_rows(k_ptr, row, keys, head, first, H_S, F_WIDTH, C, X, INTERPRET)
-                dq = of_rows(before[:, None], behind[:, None], times(dy, S_before, PRECISION), dq)
-                dq = exactly(scores, k, dq, PRECISION)
-                z_rows = of_rows(before[:, None], behind[:, None], z_before[None, :], z_rows)
-                z_rows = tl.dot(tl.where(pairs, 1.0, 0.0).to(k.dtype), k, z_rows, input_precision=PRECISION)
+                k = load_rows(k_ptr, row, rows, head, first, H_S, F_WIDTH, C, X, INTERPRET)
+                dq = exactly(scores, k, tl.zeros([C, X], tl.float32), PRECISION)
+                z_rows = tl.dot(tl.where(pairs, 1.0, 0.0).to(k.dtype), k, input_precision=PRECISION)
+                for i in range(2):
+                    at = which(start_ptr, b, n, i, T, C)
+                    state = state_at(state_ptr, b, at, head, chunks, H_S, F_WIDTH, D_WIDTH)
+                    S, z = load_S(state, first, True, F_WIDTH, D_WIDTH, D, X), load_z(state, first, F_WIDTH, D_WIDTH, X)
+                    mine = live & (side == i)
+                    some = load_rows(dy_ptr, row, rows_of(mine, C), query, 0, H, D_WIDTH, C, D, INTERPRET)
+                    dq += times(some, S, PRECISION)
+                    z_rows += tl.where(mine[:, None], z[None, :], 0.0)
+            else:
+                if slices > 1:
+                    S, z = load_S(state, first, True, F_WIDTH, D_WIDTH, D, X), load_z(state, first, F_WIDTH, D_WIDTH, X)
+                dq, z_rows = times(dy, S, PRECISION), tl.zeros([C, X], tl.float32) + z[None, :]
             q = load_rows(q_ptr, row, rows, query, first, H, F_WIDTH, C, X, INTERPRET)
             mean += tl.where(turn < slices, tl.sum(q.to(tl.float32) * dq, 1) / mass, 0.0)
             dq = tl.where(live[:, None], (dq - mean[:, None] * z_rows) / mass[:, None], 0.0)
@@ -287,33 +286,37 @@ def key_gradients(
     head, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     lowest, chunks = tl.program_id(0) // slices * tiles, tl.cdiv(T, C)
     first = tl.program_id(0) % slices * X
-    state = state_at(dstate_ptr, b, 0, head, 1, H_S, F_WIDTH, D_WIDTH)
     if DOCUMENTS:
-        before, behind, pairs, old = documents(start_ptr, end_ptr, b, lowest, T, C)
-        state = state_at(dstate_ptr, b, old, head, chunks, H_S, F_WIDTH, D_WIDTH)
-        dS_before = load_S(state, first, KEYS, F_WIDTH, D_WIDTH, A, X)
-        dz_before = load_z(state, first, F_WIDTH, D_WIDTH, X)
-        state = state_at(dstate_ptr, b, lowest, head, chunks, H_S, F_WIDTH, D_WIDTH)
-    dS, dz = load_S(state, first, KEYS, F_WIDTH, D_WIDTH, A, X), load_z(state, first, F_WIDTH, D_WIDTH, X)
-    for n in range(lowest, tl.minimum(lowest + tiles, chunks)):
+        side, pairs = documents(start_ptr, end_ptr, b, lowest, T, C)
+    else:
+        state = state_at(dstate_ptr, b, 0, head, 1, H_S, F_WIDTH, D_WIDTH)
+        dS, dz = load_S(state, first, KEYS, F_WIDTH, D_WIDTH, A, X), load_z(state, first, F_WIDTH, D_WIDTH, X)
+    for step in range(1 if DOCUMENTS else tl.minimum(tiles, chunks - lowest)):
+        n = lowest + step
         row = b * T + n * C
         live = real_rows(valid_ptr, row, n * C, 0, T, MASK, C)
-        a = load_rows(a_ptr, row, rows_of(live, C), head // (H_S // H_A), 0, H_A, A_WIDTH, C, A, INTERPRET)
-        out = times(a, dS, PRECISION)
-        if KEYS:
-            out += dz[None, :]
+        rows = rows_of(live, C)
+        a = load_rows(a_ptr, row, rows, head // (H_S // H_A), 0, H_A, A_WIDTH, C, A, INTERPRET)
         if DOCUMENTS:
-            other = times(a, dS_before, PRECISION)
-            if KEYS:
-                other += dz_before[None, :]
-            out = of_rows(before[:, None], behind[:, None], other, out)
-            for g in range(groups):
-                query = head * groups + g
-                c = load_rows(b_ptr, row, rows_of(live, C), query, 0, H, A_WIDTH, C, A, INTERPRET)
-                scores = tl.dot(a, tl.trans(c), input_precision=PRECISION)
+            out = tl.zeros([C, X], tl.float32)
+            for query in range(head * groups, (head + 1) * groups):
+                other = load_rows(b_ptr, row, rows, query, 0, H, A_WIDTH, C, A, INTERPRET)
+                scores = tl.dot(a, tl.trans(other), input_precision=PRECISION)
                 scores /= load_each(mass_ptr, row, T - n * C, query, H, C, 1.0)[None, :]
                 if KEYS:
                     scores += load_each(share_ptr, row, T - n * C, query, H, C, 0.0)[None, :]
-                c = load_rows(c_ptr, row, rows_of(live, C), query, first, H, X_WIDTH, C, X, INTERPRET)
+                c = load_rows(c_ptr, row, rows, query, first, H, X_WIDTH, C, X, INTERPRET)
                 out = exactly(tl.where(pairs, scores, 0.0), c, out, PRECISION)
+            for i in range(2):
+                state = state_at(dstate_ptr, b, which(start_ptr, b, n, i, T, C), head, chunks, H_S, F_WIDTH, D_WIDTH)
+                dS, dz = load_S(state, first, KEYS, F_WIDTH, D_WIDTH, A, X), load_z(state, first, F_WIDTH, D_WIDTH, X)
+                mine = live & (side == i)
+                some = load_rows(a_ptr, row, rows_of(mine, C), head // (H_S // H_A), 0, H_A, A_WIDTH, C, A, INTERPRET)
+                out += times(some, dS, PRECISION)
+                if KEYS:
+                    out += tl.where(mine[:, None], dz[None, :], 0.0)
+        else:
+            out = times(a, dS, PRECISION)
+            if KEYS:
+                out += dz[None, :]
         store_rows(out_ptr, tl.where(live[:, None], out, 0.0), row, T - n * C, head, first, H_S, X_WIDTH, C, X)

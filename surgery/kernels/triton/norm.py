@@ -10,8 +10,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import reference
-from .configs import padded
+from .configs import cdiv, padded
 from .decay import INTERPRET, require_gpu
+from .operation import operation
 from .tiles import load_rows, store_rows
 
 ELEMENTS = 4096
@@ -58,7 +59,7 @@ def told(y: Tensor) -> tuple[int, dict[str, Any]]:
     heads, width = y.shape[2:]
     x = padded(width)
     rows = max(1, ELEMENTS // x)
-    return triton.cdiv(y.shape[0] * y.shape[1], rows), {
+    return cdiv(y.shape[0] * y.shape[1], rows), {
         "H": heads,
         "WIDTH": width,
         "R": rows,
@@ -67,7 +68,7 @@ def told(y: Tensor) -> tuple[int, dict[str, Any]]:
     }
 
 
-@torch.library.custom_op("surgery::head_norm", mutates_args=())
+@operation("head_norm")
 def _forward(y: Tensor, gain: Tensor, eps: float) -> Tensor:
     y, gain = y.contiguous(), gain.contiguous()
     normed = torch.empty_like(y)
@@ -81,7 +82,7 @@ def _(y, gain, eps):
     return torch.empty_like(y, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("surgery::head_norm_backward", mutates_args=())
+@operation("head_norm_backward")
 def _backward(dnormed: Tensor, y: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     dnormed, y, gain = dnormed.contiguous(), y.contiguous(), gain.contiguous()
     parts, sizes = told(y)
