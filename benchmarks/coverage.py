@@ -193,6 +193,18 @@ stay as they are.
 | Whisper, BART | `WhisperAttention`, `BartAttention` | self-attention of the encoder |
 | T5 and its kin, DeBERTa | | refused: scores have a learned term for the distance of query and key |
 
+## Denoisers
+
+The mixer `bidirectional`, as in `diffusion/linfusion`, converts self-attention of diffusers' denoisers, alone or in a
+pipeline. tests/test_diffusion.py builds these tiny and checks: everything around the mixer is as it was; teacher mode
+and `revert` give the softmax model back, bit for bit; saving and loading changes nothing.
+
+| denoiser | notes |
+|---|---|
+| `UNet2DConditionModel`, `UNet2DModel`, `ControlNetModel` | cross-attention stays; make ControlNets of UNets before |
+| `DiTTransformer2DModel`, `PixArtTransformer2DModel` | |
+| SD3, Flux and others with joint attention | refused: text and image tokens attend to each other in one softmax |
+
 ## Causal language models
 """
 

@@ -49,8 +49,8 @@ class SurgicalDenoiser:
         """
         if names := adapters.names(self):
             raise SurgeryError(
-                f"adapters are saved apart: save_lora_adapter or save_lora_weights, then unload {', '.join(names)} and "
-                "save the model"
+                f"adapters ({', '.join(names)}) are saved apart: call surgery.adapters.merge(model) to add them to the "
+                "weights, or save_lora_adapter and unload them first"
             )
         save = super().save_pretrained
         save(save_directory, is_main_process, save_function, safe_serialization, _variant(variant), **kwargs)

@@ -13,7 +13,7 @@ from pydantic import Discriminator, Field, PositiveInt, Tag, field_validator, mo
 from .errors import RecipeError, SurgeryError
 from .mixers import MixerConfig
 from .mixers.base import AttentionShape, Config, Mixer
-from .training.stages import AttentionTransfer, Calibrate, StageConfig, TrainingStage
+from .training.stages import AttentionTransfer, Calibrate, Denoising, StageConfig, TrainingStage
 from .validation import Document, closest, parse_yaml, short, validate
 
 
@@ -70,6 +70,11 @@ class Recipe(Config):
                 raise ValueError(
                     f"stages[{index}] calibrates a mixer before it is trained: "
                     + ("make it the first stage" if index else "remove the stage, or name a mixer")
+                )
+            if isinstance(stage, Denoising) and self.causal:
+                raise ValueError(
+                    f"stages[{index}] heals a denoiser, whose mixers see all tokens of an image: take the mixer "
+                    "bidirectional, as in diffusion/linfusion, or another kind of stage"
                 )
             if not isinstance(stage, AttentionTransfer):
                 continue

@@ -286,7 +286,7 @@ stages:
         ),
         (
             {"mixer": MIXER, "stages": [3]},
-            "recipe: stages[0]: expected a mapping with `kind`: 'calibrate', 'attention_transfer' or ",
+            "recipe: stages[0]: expected a mapping with `kind`: 'calibrate', 'attention_transfer', 'lora' or ",
         ),
         (
             {"mixer": MIXER, "stages": [{"kind": "lora", "lr": 1e-3}]},

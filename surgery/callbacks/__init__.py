@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from .domain_mixing import DomainMixing
     from .logit_distillation import LogitDistillation
     from .lora_unfreezing import LoRAUnfreezing
+    from .output_distillation import OutputDistillation
     from .recipes import callbacks_for
     from .stage_runner import StageRunner
     from .temperature_cooldown import TemperatureCooldown
@@ -22,6 +23,7 @@ __all__ = [
     "DomainMixing",
     "LoRAUnfreezing",
     "LogitDistillation",
+    "OutputDistillation",
     "StageRunner",
     "TemperatureCooldown",
     "WindowDropout",
@@ -35,6 +37,7 @@ MODULES = {
     "DomainMixing": "domain_mixing",
     "LoRAUnfreezing": "lora_unfreezing",
     "LogitDistillation": "logit_distillation",
+    "OutputDistillation": "output_distillation",
     "StageRunner": "stage_runner",
     "TemperatureCooldown": "temperature_cooldown",
     "WindowDropout": "window_dropout",

@@ -8,13 +8,14 @@ from typing import Any
 
 from ..errors import SurgeryError
 from ..recipe import Recipe, load_recipe
-from ..training.stages import Calibrate, LanguageLoss, LoRA, TrainingStage
+from ..training.stages import Adapting, Calibrate, Denoising, LanguageLoss, LoRA, TrainingStage
 from .attention_transfer import AttentionTransfer
 from .base import HealingCallback
 from .calibration import Calibration
 from .domain_mixing import domain_mixing
 from .logit_distillation import LogitDistillation
 from .lora_unfreezing import LoRAUnfreezing
+from .output_distillation import OutputDistillation
 from .temperature_cooldown import TemperatureCooldown
 from .window_dropout import WindowDropout
 
@@ -102,7 +103,7 @@ def stage_callbacks(
                 "surgery.callbacks.DomainMixing with a sampler of your own"
             )
         found.append(domain_mixing(stage.mixing, sizes, start, stop))
-    if isinstance(stage, LoRA):
+    if isinstance(stage, Adapting):
         found.append(
             LoRAUnfreezing(
                 start=start,
@@ -119,6 +120,18 @@ def stage_callbacks(
     else:
         found.append(
             AttentionTransfer(stage.loss, start=start, stop=stop, trains=stage.trains, branch=stage.branch, model=model)
+        )
+    if isinstance(stage, Denoising) and (stage.loss.output or stage.loss.layers):
+        found.append(
+            OutputDistillation(
+                weight=1 / (stage.loss.task or 1),
+                output=stage.loss.output,
+                layers=stage.loss.layers,
+                replace=not stage.loss.task,
+                start=start,
+                stop=stop,
+                model=model,
+            )
         )
     dropping = stage.window_dropout
     if dropping is not None:

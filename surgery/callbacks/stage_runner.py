@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from ..errors import SurgeryError
 from ..recipe import Recipe, load_recipe
 from ..training.rates import rate_factor
-from ..training.stages import LoRA, Plateau, TrainingStage
+from ..training.stages import Adapting, Plateau, TrainingStage
 from .base import HealingCallback
 from .lora_unfreezing import LoRAUnfreezing
 from .recipes import callbacks_for, stage_steps
@@ -145,7 +145,7 @@ class StageRunner(HealingCallback):
     def _set(self, optimizer: Optimizer, stage: TrainingStage, step: int, steps: int) -> None:
         """The recipe's settings for one step of a stage; a plateau schedule changes rates by itself after the first."""
         mixers = {id(p) for part in self.parts if isinstance(part, LoRAUnfreezing) for p in part.mixers}
-        mixer_lr = stage.mixer_lr if isinstance(stage, LoRA) else None
+        mixer_lr = stage.mixer_lr if isinstance(stage, Adapting) else None
         for group in optimizer.param_groups:
             own = mixer_lr is not None and any(id(p) in mixers for p in group["params"])
             rate = mixer_lr if own and mixer_lr is not None else stage.lr

@@ -18,7 +18,6 @@ SUPPORTED = (
     "ControlNetModel",
     "DiTTransformer2DModel",
     "PixArtTransformer2DModel",
-    "Transformer2DModel",
 )
 PLAIN = ("AttnProcessor", "AttnProcessor2_0", "SlicedAttnProcessor", "XFormersAttnProcessor")
 """Processors that compute nothing but attention: what `Denoising.forward` does around a mixer is what they do."""

@@ -235,20 +235,51 @@ class LanguageLoss(Config):
         return self
 
 
-class LoRA(Stage):
-    """Train low-rank adapters on the attention projections with a language modelling loss.
+class Adapting(Stage):
+    """Train low-rank adapters on the attention projections.
 
     trains: parts of the mixer that go on learning beside the adapters, with the rate `mixer_lr` (None: `lr`).
     """
 
-    kind: Literal["lora"] = "lora"
     rank: PositiveInt = 8
     alpha: PositiveFloat = 16.0
     dropout: Fraction = 0.0
     targets: list[Projection] = Field(["q", "k", "v", "o"], min_length=1)
     trains: list[Part] = []
     mixer_lr: PositiveFloat | None = None
+
+
+class LoRA(Adapting):
+    """Adapters with a language modelling loss."""
+
+    kind: Literal["lora"] = "lora"
     loss: LanguageLoss = LanguageLoss(cross_entropy=1.0)
+
+
+class DenoisingLoss(Config):
+    """Weights of the terms of a denoiser's loss (LinFusion); at least one is not zero.
+
+    task: the module's own, such as the error of the noise. output: mean squared error against the softmax model's
+    output. layers: between its attention and ours, layer by layer.
+    """
+
+    task: NonNegativeFloat = 1.0
+    output: NonNegativeFloat = 0.5
+    layers: TransferLoss | None = TransferLoss(mse=0.5)
+
+    @model_validator(mode="after")
+    def _some_term(self) -> DenoisingLoss:
+        if not (self.task or self.output or self.layers):
+            raise ValueError("no term has a weight: give at least one of task, output, layers, as in {task: 1}")
+        return self
+
+
+class Denoising(Adapting):
+    """Adapters and mixers of a denoiser of images, in a Trainer of your own. tokens: positions in latents."""
+
+    kind: Literal["denoising"] = "denoising"
+    trains: list[Part] = ["mixer"]
+    loss: DenoisingLoss = DenoisingLoss()
 
 
 class Calibrate(Config):
@@ -267,5 +298,5 @@ class Calibrate(Config):
     mixing: ClassVar[None] = None
 
 
-TrainingStage = AttentionTransfer | LoRA
-StageConfig = Annotated[Calibrate | AttentionTransfer | LoRA, Field(discriminator="kind")]
+TrainingStage = AttentionTransfer | LoRA | Denoising
+StageConfig = Annotated[Calibrate | AttentionTransfer | LoRA | Denoising, Field(discriminator="kind")]
