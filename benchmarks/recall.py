@@ -24,13 +24,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaConfig, get_cosine_schedule_with_warmup
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 import surgery
+from benchmarks.scratch import IGNORED, learn
 from surgery.doctor import environment
 from surgery.evaluation.associative import Sequences, measure_recall, pair_sequences
 from surgery.evaluation.comparison import replacing
-from surgery.evaluation.losses import forward, token_scores
+from surgery.evaluation.losses import token_scores
 from surgery.evaluation.provenance import source
 from surgery.patchers.interface import converted_layers
 
@@ -109,10 +110,10 @@ def pairs(setup: Setup, rows: int, seed: int, counts: Sequence[int]) -> Iterator
 
 
 def batches(setup: Setup, device: str) -> Iterator[tuple[Tensor, Tensor]]:
-    """Ids [B, T] and labels [B, T - 1], all but the values asked for at -100. Seeds from 1: 0 is held out."""
+    """Ids [B, T] and labels [B, T - 1], all but the values asked for ignored. Seeds from 1: 0 is held out."""
     for step in range(setup.steps):
         found = next(pairs(setup, setup.rows, step + 1, [setup.counts[step % len(setup.counts)]]))
-        labels = torch.full_like(found.ids[:, 1:], -100)
+        labels = torch.full_like(found.ids[:, 1:], IGNORED)
         labels.scatter_(1, found.second - 1, found.ids.gather(1, found.second))
         yield found.ids.to(device, non_blocking=True), labels.to(device, non_blocking=True)
 
@@ -123,26 +124,13 @@ def train(name: str, rate: float, setup: Setup) -> Row:
     torch.set_float32_matmul_precision("high")
     device, began = "cuda" if torch.cuda.is_available() else "cpu", time.perf_counter()
     torch.manual_seed(0)
-    model = build(name, setup).to(device).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.1, fused=device == "cuda")
-    schedule = get_cosine_schedule_with_warmup(optimizer, setup.steps // 10, setup.steps)
-    losses = []
-    for ids, labels in batches(setup, device):
-        logits = forward(model, ids)[:, :-1]
-        loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        schedule.step()
-        losses.append(loss.detach())
-    model.eval()
+    model = build(name, setup).to(device)
+    curve = learn(model, batches(setup, device), rate, setup.steps)
     with torch.no_grad():
         asked = [
             measure_recall(made, lambda _, ids: token_scores(model, ids.to(device)))
             for made in pairs(setup, setup.held, 0, setup.counts)
         ]
-    curve = torch.stack(losses).tolist()
     return {
         "mixer": name,
         "rate": rate,

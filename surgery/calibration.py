@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .errors import SurgeryError
-from .evaluation.losses import measuring
+from .evaluation.losses import compare, measuring
 from .mixers.base import AttentionContext, Calibrated
 from .mixers.calibration import Call, Sample
 from .operate import mode
@@ -33,7 +33,8 @@ Inputs = dict[str, Tensor]
 @dataclass(frozen=True)
 class LayerCalibration:
     """One converted layer. parts: what could be calibrated. before, after: squared error of the mixer's output, as a
-    part of the square of the softmax output, on the same queries, keys and values."""
+    part of the square of the softmax output, on the same queries, keys and values. kept: False: taken back, as the
+    model as a whole was better off without."""
 
     layer: int
     path: str
@@ -41,18 +42,22 @@ class LayerCalibration:
     parts: tuple[str, ...]
     before: float
     after: float
+    kept: bool = True
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What `calibrate` did. tokens: of the sample."""
+    """What `calibrate` did. tokens: of the sample. before, after: the KL divergence of the model's predictions from
+    those of its softmax self, in nats per token; None: it predicts no tokens, or nothing was calibrated."""
 
     tokens: int
     layers: tuple[LayerCalibration, ...]
+    before: float | None = None
+    after: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON."""
-        return {"tokens": self.tokens, "layers": [asdict(layer) for layer in self.layers]}
+        return asdict(self) | {"layers": [asdict(layer) for layer in self.layers]}
 
     def table(self) -> Table:
         """A rich table, one row a layer."""
@@ -65,7 +70,8 @@ class Calibration:
             table.add_column(name, justify="right")
         for row in self.layers:
             parts = ", ".join(row.parts) or "–"
-            table.add_row(row.path, row.mixer, parts, f"{row.before:.4f}", f"{row.after:.4f}")
+            after = f"{row.after:.4f}" if row.kept else "taken back"
+            table.add_row(row.path, row.mixer, parts, f"{row.before:.4f}", after)
         return table
 
 
@@ -77,9 +83,10 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, tokens: int = TOKENS)
     batches: of token ids [B, T], or mappings with input_ids and maybe attention_mask and position_ids; or one of these.
     tokens: how many of them are looked at, in whole rows; rows as long as in later use say most.
 
-    Each head keeps its old values wherever new ones would not lower its error, and nothing but mixers changes. The same
-    data give the same values. Before any training: what mixers have learned is replaced. Returns what it did, layer by
-    layer.
+    Each head keeps its old values wherever new ones would not lower its error, and nothing but mixers changes. Layers
+    that come closer on the softmax model's inputs may still take a model further away that has little of it left: if
+    its predictions do, layers keep their new values one by one, in order, where these bring them closer. The same data
+    give the same values. Before any training: what mixers have learned is replaced. Returns what it did, by layer.
 
     Raises:
         SurgeryError: the model is not converted, its weights are sharded, or there is no batch.
@@ -90,6 +97,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, tokens: int = TOKENS)
     rows = []
     with measuring(inner) as device:
         inputs = some(batches, tokens, device)
+        old = {path: _values(module.mixer) for path, module in converted_layers(inner).items()}
         for path, module, sample in samples(inner, inputs):
             before = sample.errors(module.mixer).sum()
             module.mixer.calibrate(sample)
@@ -103,7 +111,62 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, tokens: int = TOKENS)
                     after=sample.errors(module.mixer).sum().item(),
                 )
             )
-    return Calibration(sum(map(count, inputs)), tuple(rows))
+        started, reached, back = _settle(inner, inputs, old)
+    rows = [replace(row, after=row.before, kept=False) if row.path in back else row for row in rows]
+    return Calibration(sum(map(count, inputs)), tuple(rows), started, reached)
+
+
+def _settle(
+    model: PreTrainedModel, inputs: list[Inputs], old: dict[str, Inputs]
+) -> tuple[float | None, float | None, set[str]]:
+    """Take back new values where they keep predictions away from the softmax model's. Returns how far away these were
+    with the old values and are now, and the paths of the layers that have theirs back."""
+    mixers = {path: module.mixer for path, module in converted_layers(model).items()}
+    new = {path: _values(mixer) for path, mixer in mixers.items()}
+    changed = [path for path in new if any(not torch.equal(x, old[path][name]) for name, x in new[path].items())]
+    reached = _divergence(model, inputs) if changed else None
+    if reached is None:
+        return None, None, set()
+    for path in changed:
+        _set(mixers[path], old[path])
+    started = _divergence(model, inputs)
+    assert started is not None
+    if reached < started:
+        for path in changed:
+            _set(mixers[path], new[path])
+        return started, reached, set()
+    best, back = started, set()
+    for path in changed:
+        _set(mixers[path], new[path])
+        now = _divergence(model, inputs)
+        assert now is not None
+        if now < best:
+            best = now
+        else:
+            _set(mixers[path], old[path])
+            back.add(path)
+    return started, best, back
+
+
+def _set(mixer: nn.Module, values: Inputs) -> None:
+    for name, p in mixer.named_parameters():
+        p.copy_(values[name])
+
+
+def _values(mixer: nn.Module) -> Inputs:
+    return {name: p.detach().clone() for name, p in mixer.named_parameters()}
+
+
+def _divergence(model: PreTrainedModel, batches: list[Inputs]) -> float | None:
+    """The KL divergence of predictions from the softmax model's, in nats per token; None: there are none."""
+    total = 0.0
+    for batch in batches:
+        with mode(model, "teacher"):
+            teacher = getattr(model(**batch, use_cache=False), "logits", None)
+        if teacher is None or teacher.dim() != 3:
+            return None
+        total += compare(model(**batch, use_cache=False).logits, teacher, batch)[0].item()
+    return total / sum(map(count, batches))
 
 
 def some(batches: Iterable[Any], tokens: int, device: torch.device) -> list[Inputs]:

@@ -7,13 +7,12 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import nn
 from transformers import PreTrainedModel
 
 from .calibration import TOKENS, Inputs, calibrate, count, samples, some
 from .errors import SurgeryError
-from .evaluation.losses import CHUNK, measuring
+from .evaluation.losses import compare, measuring, real_tokens
 from .kernels import Window
 from .mixers.calibration import Sample
 from .mixers.locality import beyond
@@ -148,8 +147,8 @@ def _measured(model: PreTrainedModel, batches: list[Inputs], by: By) -> list[Lay
                 teacher = model(**batch, use_cache=False).logits
             for index, softmax in enumerate([whole, *variants]):
                 with restored(model, softmax):
-                    sums[index] += _compare(model(**batch, use_cache=False).logits, teacher, batch).cpu()
-    targets = sum(int((_real(batch)[:, 1:] & _real(batch)[:, :-1]).sum()) for batch in batches)
+                    sums[index] += compare(model(**batch, use_cache=False).logits, teacher, batch).cpu()
+    targets = sum(int((real_tokens(batch)[:, 1:] & real_tokens(batch)[:, :-1]).sum()) for batch in batches)
     means = sums / torch.tensor([sum(map(count, batches)), max(targets, 1)])
     costs = (means[1:] - means[0]) * (1 if by == "convert" else -1)
     return [
@@ -163,23 +162,3 @@ def _locality(mixer: nn.Module, sample: Sample) -> float:
     masses = [beyond(context, sample.shape, window)[0].double().sum() for context, _ in sample.calls]
     weights = sum(call.teacher.shape[0] * call.teacher.shape[1] for call in sample.calls)
     return 1 - torch.stack(masses).sum().item() / weights
-
-
-def _real(inputs: Inputs) -> Tensor:
-    """[B, T] bool: tokens that are no padding."""
-    mask, ids = inputs.get("attention_mask"), inputs["input_ids"]
-    return torch.ones_like(ids, dtype=torch.bool) if mask is None or mask.dim() != 2 else mask.bool()
-
-
-def _compare(logits: Tensor, teacher: Tensor, inputs: Inputs) -> Tensor:
-    """[2] fp64: sums over real tokens of the KL divergence from the teacher, and of the loss of the next token."""
-    real = _real(inputs)
-    labels = functional.pad(inputs["input_ids"].masked_fill(~real, -100)[:, 1:], (0, 1), value=-100)
-    found = torch.zeros(2, dtype=torch.float64, device=logits.device)
-    rows = max(1, CHUNK // logits.shape[-1])
-    parts = zip(logits[real].split(rows), teacher[real].split(rows), labels[real].split(rows), strict=True)
-    for student, wanted, label in parts:
-        log_p, log_q = student.float().log_softmax(-1), wanted.float().log_softmax(-1)
-        found[0] += (log_q.exp() * (log_q - log_p)).sum(dtype=torch.float64)
-        found[1] += functional.nll_loss(log_p, label, reduction="sum").double()
-    return found

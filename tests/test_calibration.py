@@ -111,6 +111,46 @@ def test_models_without_such_parts_stay_as_they_are():
         surgery.calibrate(model, [])
 
 
+def divergence(model, ids) -> float:
+    with torch.no_grad():
+        with surgery.mode(model, "teacher"):
+            teacher = model(ids).logits.double().log_softmax(-1)
+        return (
+            torch.nn.functional.kl_div(
+                model(ids).logits.double().log_softmax(-1), teacher, reduction="sum", log_target=True
+            ).item()
+            / ids.numel()
+        )
+
+
+def test_layers_that_take_the_model_away_from_itself_are_taken_back(monkeypatch):
+    model, ids = surgery.apply(zoo.build("llama"), {"mixer": {"kind": "norm"}}), zoo.tokens(4, 40)
+    started, gains = divergence(model, ids), {}
+    layers = {module.surgery_shape.layer: module.mixer for module in converted_layers(model).values()}
+
+    def harms_the_first(mixer, sample):
+        mixer.norm.gain.copy_(sample.size if mixer.shape.layer else torch.full_like(mixer.norm.gain, 50))
+        gains[mixer.shape.layer] = mixer.norm.gain.clone()
+
+    monkeypatch.setattr(RecurrentMixer, "calibrate", torch.no_grad()(harms_the_first))
+    report = surgery.calibrate(model, [ids[:1], ids[1:]])
+    kept = [row.kept for row in report.layers]
+    assert not kept[0] and any(kept)
+    assert report.layers[0].before == report.layers[0].after
+    for layer, gain in gains.items():
+        assert torch.equal(layers[layer].norm.gain, gain if kept[layer] else torch.ones(4))
+    assert (report.before, report.after) == pytest.approx((started, divergence(model, ids)), rel=1e-4)
+    assert report.after < report.before
+    assert report.to_dict()["layers"][0]["kept"] is False
+    assert list(report.table().columns[-1].cells)[0] == "taken back"
+
+
+def test_models_that_predict_nothing_are_calibrated_by_their_layers():
+    model = surgery.apply(zoo.build("llama").model, RECIPE)
+    report = surgery.calibrate(model, zoo.tokens(2, 30))
+    assert report.before is None and all(row.kept and row.after < row.before for row in report.layers)
+
+
 def test_a_pretrained_model_predicts_better_at_once(data_dir):
     folder = data_dir / "stories260k"
     ids = torch.from_numpy(np.load(folder / "tinystories.tokens.npy").astype(np.int64))[: 8 * 256].view(8, 256)

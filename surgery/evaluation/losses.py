@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -57,6 +57,26 @@ def new_cache(model: nn.Module) -> Any:
     from transformers import DynamicCache
 
     return DynamicCache(config=model.config)
+
+
+def real_tokens(inputs: Mapping[str, Tensor]) -> Tensor:
+    """[B, T] bool: tokens that are no padding."""
+    mask, ids = inputs.get("attention_mask"), inputs["input_ids"]
+    return torch.ones_like(ids, dtype=torch.bool) if mask is None or mask.dim() != 2 else mask.bool()
+
+
+def compare(logits: Tensor, teacher: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
+    """[2] fp64: sums over real tokens of the KL divergence from the teacher, and of the loss of the next token."""
+    real = real_tokens(inputs)
+    labels = nn.functional.pad(inputs["input_ids"].masked_fill(~real, -100)[:, 1:], (0, 1), value=-100)
+    found = torch.zeros(2, dtype=torch.float64, device=logits.device)
+    rows = max(1, CHUNK // logits.shape[-1])
+    parts = zip(logits[real].split(rows), teacher[real].split(rows), labels[real].split(rows), strict=True)
+    for student, wanted, label in parts:
+        log_p, log_q = student.float().log_softmax(-1), wanted.float().log_softmax(-1)
+        found[0] += (log_q.exp() * (log_q - log_p)).sum(dtype=torch.float64)
+        found[1] += nn.functional.nll_loss(log_p, label, reduction="sum").double()
+    return found
 
 
 @contextmanager
