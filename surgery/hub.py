@@ -213,15 +213,20 @@ def restore_classes(model: PreTrainedModel) -> None:
     model.config.__class__ = _original(type(model.config))
 
 
-@torch.no_grad()
-def softmax_twin(model: PreTrainedModel) -> PreTrainedModel:
-    """A softmax model of its own with the base weights of a converted one, on its device, in eval mode."""
+def softmax_config(model: PreTrainedModel) -> Any:
+    """A copy of the config of a converted model, as it was before."""
     config: Any = copy.deepcopy(model.config)
     config.__class__ = _original(type(config))
     del config.surgery
     config._attn_implementation_internal = None
+    return config
+
+
+@torch.no_grad()
+def softmax_twin(model: PreTrainedModel) -> PreTrainedModel:
+    """A softmax model of its own with the base weights of a converted one, on its device, in eval mode."""
     with torch.device(model.device):
-        twin = _original(type(model))._from_config(config, dtype=model.dtype)
+        twin = _original(type(model))._from_config(softmax_config(model), dtype=model.dtype)
     weights = {name: value for name, value in model.state_dict().items() if ".mixer." not in name}
     twin.load_state_dict(weights)
     return twin.eval()
