@@ -294,14 +294,17 @@ def from_pretrained(
 def auto_class(config: PreTrainedConfig, causal: bool = True) -> Any:
     """The Auto class that makes language models of this config: of text alone where there is one, or multimodal.
 
-    Not causal: that of the encoder, with whatever head the checkpoint has.
+    Not causal: that of the encoder, with whatever head the checkpoint has. Where there is no language model: the plain
+    model's.
     """
     if not causal:
         saved = (config.architectures or [""])[0]
         found = (auto for auto, models in _auto_classes(type(config)) if saved in [cls.__name__ for cls in models])
         return next(found, modeling_auto.AutoModel)
-    text = type(config) in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING
-    return modeling_auto.AutoModelForCausalLM if text else modeling_auto.AutoModelForImageTextToText
+    if type(config) in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING:
+        return modeling_auto.AutoModelForCausalLM
+    pictures = type(config) in modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    return modeling_auto.AutoModelForImageTextToText if pictures else modeling_auto.AutoModel
 
 
 def _hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
