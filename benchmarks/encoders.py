@@ -161,9 +161,8 @@ class Classifier(L.LightningModule):
 
 
 def fit(module: L.LightningModule, rows: list[Batch], callbacks: list[HealingCallback]) -> float:
-    """Train on every batch once; returns seconds."""
+    """Train on every batch once, with dropout where the module is in train mode; returns seconds."""
     torch.manual_seed(0)
-    module.train()
     began = time.monotonic()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*does not have many workers.*|.*GPU available.*")
@@ -181,7 +180,7 @@ def heal(model: nn.Module, stage: StageConfig, rows: list[Batch]) -> float:
     changes = {"stages.0.tokens": len(rows) * per_step, "stages.0.schedule.warmup": len(rows) // 10}
     runner = StageRunner(recipe.override(changes), tokens_per_step=per_step)
     module = Runner if stage.kind == "attention_transfer" else Imitator
-    seconds = fit(module(model), rows, [runner])
+    seconds = fit(module(model).eval(), rows, [runner])  # the softmax model is imitated without dropout
     adapters.merge(model)
     return seconds
 
@@ -239,7 +238,7 @@ def classifiers(softmax: nn.Module, healed: nn.Module, encode: Encode, chosen: A
         data = batches(encode, texts, labels, chosen.batch, chosen.task_steps)
         torch.manual_seed(0)
         module = Classifier(deepcopy(model), chosen.task_steps, chosen.lr)
-        found[f"{name}_seconds"] = fit(module, data, [])
+        found[f"{name}_seconds"] = fit(module.train(), data, [])
         hits[name] = right(module, encode, held)
         found[name] = float(hits[name].mean())
         print(name, found[name], flush=True)
