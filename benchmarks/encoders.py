@@ -40,8 +40,8 @@ from surgery.training.stages import Linear, StageConfig
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE, LENGTH = "bert/hedgehog", 32
 """Tokens of a sentence, nominally: they only turn steps into the tokens that stages count by."""
-SHORT = {"stages.1.lr": 1e-3, "stages.1.mixer_lr": 1e-3}
-"""Changes to the recipe, whose rates are for a hundred times the tokens."""
+SHORT = {"stages.1.lr": 2e-3, "stages.1.mixer_lr": 2e-3, "stages.1.rank": 32, "stages.1.alpha": 64}
+"""Changes to the recipe, whose rates and adapters are for a hundred times the tokens."""
 Batch = dict[str, Tensor]
 Encode = Callable[[list[str]], Batch]
 
@@ -83,12 +83,21 @@ def batches(encode: Encode, texts: list[str], targets: Tensor, size: int, count:
     return [{**encode([texts[i] for i in row]), "target": targets[row]} for row in rows[:count]]
 
 
-def embed(model: nn.Module, batch: Batch) -> Tensor:
-    """[B, C] of length one: the mean over tokens."""
+def hidden_of(model: nn.Module, batch: Batch) -> Tensor:
+    """[B, T, C] fp32 at every token."""
     given = {name: x for name, x in batch.items() if name != "target"}
-    mask = given["attention_mask"].unsqueeze(-1)
-    hidden = model(**given).last_hidden_state.float()
+    hidden: Tensor = model(**given).last_hidden_state.float()
+    return hidden
+
+
+def pooled(hidden: Tensor, batch: Batch) -> Tensor:
+    """[B, C] of length one: the mean over tokens."""
+    mask = batch["attention_mask"].unsqueeze(-1)
     return nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
+
+
+def embed(model: nn.Module, batch: Batch) -> Tensor:
+    return pooled(hidden_of(model, batch), batch)
 
 
 @torch.no_grad()
@@ -104,7 +113,7 @@ def embed_all(model: nn.Module, encode: Encode, texts: list[str]) -> Tensor:
 
 
 class Imitator(L.LightningModule):
-    """Its embeddings shall be those of the softmax model, which it holds."""
+    """Its tokens, and their means, shall be where the softmax model has them, which it holds."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -112,8 +121,10 @@ class Imitator(L.LightningModule):
 
     def training_step(self, batch: Batch, index: int) -> Tensor:
         with torch.no_grad(), surgery.mode(self.model, "teacher"):
-            target = embed(self.model, batch)
-        return (1 - (embed(self.model, batch) * target).sum(-1)).mean()
+            target = hidden_of(self.model, batch)
+        hidden, valid = hidden_of(self.model, batch), batch["attention_mask"].bool()
+        apart = (hidden - target)[valid].square().mean() / target[valid].var()
+        return apart + (1 - (pooled(hidden, batch) * pooled(target, batch)).sum(-1)).mean()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad])
@@ -150,9 +161,8 @@ class Classifier(L.LightningModule):
 
 
 def fit(module: L.LightningModule, rows: list[Batch], callbacks: list[HealingCallback]) -> float:
-    """Train on every batch once; returns seconds."""
+    """Train on every batch once, with dropout where the module is in train mode; returns seconds."""
     torch.manual_seed(0)
-    module.train()
     began = time.monotonic()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*does not have many workers.*|.*GPU available.*")
@@ -170,7 +180,7 @@ def heal(model: nn.Module, stage: StageConfig, rows: list[Batch]) -> float:
     changes = {"stages.0.tokens": len(rows) * per_step, "stages.0.schedule.warmup": len(rows) // 10}
     runner = StageRunner(recipe.override(changes), tokens_per_step=per_step)
     module = Runner if stage.kind == "attention_transfer" else Imitator
-    seconds = fit(module(model), rows, [runner])
+    seconds = fit(module(model).eval(), rows, [runner])  # the softmax model is imitated without dropout
     adapters.merge(model)
     return seconds
 
@@ -228,7 +238,7 @@ def classifiers(softmax: nn.Module, healed: nn.Module, encode: Encode, chosen: A
         data = batches(encode, texts, labels, chosen.batch, chosen.task_steps)
         torch.manual_seed(0)
         module = Classifier(deepcopy(model), chosen.task_steps, chosen.lr)
-        found[f"{name}_seconds"] = fit(module, data, [])
+        found[f"{name}_seconds"] = fit(module.train(), data, [])
         hits[name] = right(module, encode, held)
         found[name] = float(hits[name].mean())
         print(name, found[name], flush=True)

@@ -96,7 +96,7 @@ def heal(model: nn.Module, recipe: Recipe, ids: Tensor, batch: int, steps: list[
     changes |= {f"stages.{i}.schedule.warmup": count // 10 for i, count in enumerate(steps)}
     runner = StageRunner(recipe.override(changes), tokens_per_step=batch * length)
     rows = [{"input_ids": draw(ids, batch, length, 10**6 + step)} for step in range(sum(steps))]
-    seconds = fit(Language(model), rows, [runner])
+    seconds = fit(Language(model).eval(), rows, [runner])  # without dropout, as it was converted
     adapters.merge(model)
     return seconds
 

@@ -248,15 +248,20 @@ def restore_classes(model: Any) -> None:
     model.config.__class__ = _original(type(model.config))
 
 
-@torch.no_grad()
-def softmax_twin(model: PreTrainedModel) -> PreTrainedModel:
-    """A softmax model of its own with the base weights of a converted one, on its device, in eval mode."""
+def softmax_config(model: PreTrainedModel) -> Any:
+    """A copy of the config of a converted model, as it was before."""
     config: Any = copy.deepcopy(model.config)
     config.__class__ = _original(type(config))
     del config.surgery
     config._attn_implementation_internal = None
+    return config
+
+
+@torch.no_grad()
+def softmax_twin(model: PreTrainedModel) -> PreTrainedModel:
+    """A softmax model of its own with the base weights of a converted one, on its device, in eval mode."""
     with torch.device(model.device):
-        twin = _original(type(model))._from_config(config, dtype=model.dtype)
+        twin = _original(type(model))._from_config(softmax_config(model), dtype=model.dtype)
     weights = {name: value for name, value in model.state_dict().items() if ".mixer." not in name}
     twin.load_state_dict(weights)
     return twin.eval()
@@ -333,14 +338,17 @@ def from_pretrained(
 def auto_class(config: PreTrainedConfig, causal: bool = True) -> Any:
     """The Auto class that makes language models of this config: of text alone where there is one, or multimodal.
 
-    Not causal: that of the encoder, with whatever head the checkpoint has.
+    Not causal: that of the encoder, with whatever head the checkpoint has. Where there is no language model: the plain
+    model's.
     """
     if not causal:
         saved = (config.architectures or [""])[0]
         found = (auto for auto, models in _auto_classes(type(config)) if saved in [cls.__name__ for cls in models])
         return next(found, modeling_auto.AutoModel)
-    text = type(config) in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING
-    return modeling_auto.AutoModelForCausalLM if text else modeling_auto.AutoModelForImageTextToText
+    if type(config) in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING:
+        return modeling_auto.AutoModelForCausalLM
+    pictures = type(config) in modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    return modeling_auto.AutoModelForImageTextToText if pictures else modeling_auto.AutoModel
 
 
 def _hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:

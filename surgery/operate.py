@@ -358,8 +358,8 @@ def _report(plan: _Plan, mixers: dict[int, Mixer]) -> Report:
                 break_even=None if mixer is None or not per_token else -(-state // per_token),
             )
         )
-    family = plan.sites[0].family
-    return Report(hub.original_name(plan.model), tuple(rows), family.attention, family.lacks)
+    site = plan.sites[0]
+    return Report(hub.original_name(plan.model), tuple(rows), site.family.attention, site.patcher, site.family.lacks)
 
 
 @torch.no_grad()

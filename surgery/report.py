@@ -34,12 +34,14 @@ class LayerReport:
 class Report:
     """All layers of one model under one recipe.
 
-    attention: the class of the attention modules that are converted. leaves_out: what they do that no mixer does.
+    attention: the class of the attention modules that are converted. patcher: the module of `surgery.patchers` that
+    knows it. leaves_out: what they do that no mixer does.
     """
 
     model: str
     layers: tuple[LayerReport, ...]
     attention: str = ""
+    patcher: str = ""
     leaves_out: str = ""
 
     @property
@@ -60,6 +62,7 @@ class Report:
         return {
             "model": self.model,
             "attention": self.attention,
+            "patcher": self.patcher,
             "leaves_out": self.leaves_out,
             "new_parameters": self.new_parameters,
             "state_bytes": self.state_bytes,
@@ -72,7 +75,7 @@ class Report:
 
         title = f"{self.model}: {len(self.converted)} of {len(self.layers)} attention layers converted"
         note = f"; leaves out {self.leaves_out}" if self.leaves_out else ""
-        table = Table(title=title, caption=f"through {self.attention}{note}")
+        table = Table(title=title, caption=f"through {self.attention} ({self.patcher}){note}")
         for name in ("layer", "before", "after"):
             table.add_column(name)
         for name in ("new parameters", "state / sequence", "KV / token", "break-even"):

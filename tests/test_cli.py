@@ -130,13 +130,28 @@ def test_inspect_prints_every_layer_and_loads_no_weights(folder, tmp_path):
 def test_inspect_says_through_what_and_refuses_what_is_not_supported(folder, tmp_path):
     from transformers import GptOssConfig, MambaConfig
 
-    assert "through LlamaAttention" in run("inspect", "-m", str(folder)).output
+    assert "through LlamaAttention (families)" in run("inspect", str(folder)).output
     GptOssConfig(num_hidden_layers=2).save_pretrained(tmp_path)
     output = run("inspect", "-m", str(tmp_path)).output
-    assert "through GptOssAttention; leaves out the sinks of its softmax" in output
+    assert "through GptOssAttention (families); leaves out the sinks of its softmax" in output
     MambaConfig(num_hidden_layers=2).save_pretrained(tmp_path)
     error = run("inspect", "-m", str(tmp_path), code=2).stderr
     assert error.startswith("MambaForCausalLM (mamba) cannot be converted: it has no attention")
+
+
+def test_inspect_takes_the_recipe_that_fits(tmp_path):
+    from transformers import BertConfig, T5Config, ViTConfig
+
+    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    for config, attention in ((BertConfig, "BertSelfAttention"), (ViTConfig, "ViTAttention")):
+        config(**small).save_pretrained(tmp_path)
+        output = run("inspect", str(tmp_path)).output
+        assert attention in output and "bidirectional, hedgehog" in output
+    assert "encoders take the mixer bidirectional" in run("inspect", str(tmp_path), "-r", "llama/gla", code=2).stderr
+    T5Config(num_layers=2).save_pretrained(tmp_path)
+    assert "a learned term for the distance" in run("inspect", str(tmp_path), code=2).stderr
+    for given in ((), (str(tmp_path), "-m", str(tmp_path))):
+        assert run("inspect", *given, code=2).stderr.startswith("name one model")
 
 
 def test_inspect_as_json_with_changes(folder):

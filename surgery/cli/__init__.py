@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 DEMO_OUT = Path("demo-output")
+USUAL = ("llama/lolcats", "bert/hedgehog")
+"""Recipes for decoders and for encoders."""
 
 
 def _read_recipe(name: str, changes: list[str] | None) -> Recipe:
@@ -78,18 +80,29 @@ def recipes(name: Annotated[str | None, typer.Argument(help="Show this one in fu
 
 @app.command()
 def inspect(
-    model: ModelOption,
+    model: Annotated[str | None, typer.Argument(help="A local folder or a hub name.")] = None,
+    model_: Annotated[str | None, typer.Option("--model", "-m", metavar="MODEL", help="The same.")] = None,
     recipe: Annotated[
-        str, typer.Option("--recipe", "-r", help="A shipped name or the path of a YAML file.")
-    ] = "llama/lolcats",
+        str | None,
+        typer.Option("--recipe", "-r", help=f"By default {USUAL[0]}, or {USUAL[1]} for an encoder."),
+    ] = None,
     set_: SetOption = None,
     layers: Annotated[str | None, typer.Option(help="Layers to convert, as in 0,1,-1; all by default.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Say whether a model is supported, and what a recipe would do to it. Only its config is read or downloaded."""
-    chosen = _read_recipe(recipe, set_)
-    indices = _read_layers(layers)
-    report = _inspect(model, chosen, indices)
+    if (model is None) == (model_ is None):
+        raise SurgeryError("name one model, a local folder or a hub name, as in `surgery inspect PATH`")
+    name, indices = model or model_ or "", _read_layers(layers)
+    report, problem = None, None
+    for known in USUAL if recipe is None else (recipe,):
+        try:
+            report = _inspect(name, _read_recipe(known, set_), indices)
+            break
+        except SurgeryError as error:
+            problem = problem or error
+    if report is None:
+        raise problem or SurgeryError("there is no recipe")
     if as_json:
         typer.echo(json.dumps(report.to_dict(), indent=2))
     else:

@@ -50,7 +50,7 @@ def import_model(
 def export_model(
     model: Annotated[str, typer.Argument(help="A folder of a converted model.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder to make.")],
-    format: Annotated[str, typer.Option("--format", "-f", help="For whom: fla or lolcats.")] = "fla",
+    format: Annotated[str, typer.Option("--format", "-f", help="For whom: fla, kimi_linear or lolcats.")] = "fla",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
 ) -> None:
     """Write a converted model as a checkpoint that another project reads, after comparing its logits."""

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 from .. import adapters, hub
 from ..errors import SurgeryError
@@ -20,7 +21,7 @@ from ..operate import apply, inspect
 from ..patchers.interface import converted_layers
 from ..patchers.sites import find_model
 from ..validation import Document, closest, validate
-from . import fla, liger, lolcats
+from . import fla, kimi, liger, lolcats
 from .contents import Exported, Imported
 from .tensors import Keys, Source, adapter_settings, read_config, read_tensors
 
@@ -33,11 +34,12 @@ TOLERANCE, COARSE = {torch.float64: 1e-4, torch.float32: 1e-4}, 0.1
 @dataclass(frozen=True)
 class Format:
     """options: what keys and shapes do not tell. read: what a checkpoint makes of a softmax model. settings: options
-    that a JSON file beside the tensors tells, and the file's name. write: a checkpoint of a converted model.
+    that a JSON file beside the tensors tells, and the file's name. write: a checkpoint of a converted model. Without
+    `read`, transformers reads what is written.
     """
 
     options: type[Config]
-    read: Callable[[Keys, Any, Any], Imported]
+    read: Callable[[Keys, Any, Any], Imported] | None
     settings: tuple[str, Callable[[dict[str, Any]], dict[str, Any]]]
     write: Callable[[Any], Exported] | None = None
 
@@ -47,7 +49,16 @@ FORMATS = {
     "lolcats": Format(lolcats.Options, lolcats.read, ADAPTER, lolcats.write),
     "liger": Format(liger.Options, liger.read, ADAPTER),
     "fla": Format(fla.Options, fla.read, ("config.json", fla.settings), fla.write),
+    "kimi_linear": Format(Config, None, ("config.json", dict), kimi.write),
 }
+CLOSED = {
+    "qwen3_next": "it multiplies heads by silu of a linear map of the layer's input, which no weights hold at a "
+    "constant, and ours by nothing: kimi_linear, whose gate can be held at one half, takes the same mixers",
+    "minimax": "its residual stream is what the norm before each block leaves of it, and a Llama's is not normed",
+    "tptt": "its gates are means over three tokens, and its norm is one over all heads together, beside a softmax over "
+    "all keys",
+}
+"""Formats that are neither read nor written, and why."""
 
 
 def import_checkpoint(
@@ -67,6 +78,11 @@ def import_checkpoint(
         UnsupportedModelError: the model cannot be converted.
     """
     chosen = _format(format)
+    if chosen.read is None:
+        raise SurgeryError(
+            f"format {format} is written only: its own checkpoints have convolutions and output gates, which our "
+            "mixers do not compute"
+        )
     inner = find_model(model)
     if "surgery" in inner.__dict__:
         raise SurgeryError("the model is converted already: import into the softmax model that the checkpoint is for")
@@ -120,17 +136,19 @@ def export_checkpoint(model: nn.Module, folder: str | os.PathLike, format: str =
         )
         if found.config:
             (new / "config.json").write_text(json.dumps(found.config, indent=2) + "\n", encoding="utf-8")
-        drift = _drift(inner, new, format, found.options)
+        drift = _drift(inner, found, new, format)
         if not drift <= TOLERANCE.get(inner.dtype, COARSE):
             raise SurgeryError(f"the exported model's logits differ by {drift:.1e} of the largest: nothing was written")
     return found.options
 
 
 @torch.no_grad()
-def _drift(model: Any, folder: Path, format: str, options: dict[str, Any]) -> float:
+def _drift(model: Any, found: Exported, folder: Path, format: str) -> float:
     """By how much logits of a model made of the folder differ, relative to the largest."""
-    twin = hub.softmax_twin(model)
-    import_checkpoint(twin, folder, format, **options)
+    if FORMATS[format].read is None:
+        twin = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype).to(model.device)
+    else:
+        twin = import_checkpoint(found.twin(model), folder, format, **found.options)
     sample = torch.arange(64, device=model.device).remainder(model.config.vocab_size).unsqueeze(0)
     training = model.training
     ours, theirs = (one.eval()(sample, use_cache=False).logits.float() for one in (model, twin))
@@ -139,6 +157,8 @@ def _drift(model: Any, folder: Path, format: str, options: dict[str, Any]) -> fl
 
 
 def _format(name: str) -> Format:
+    if name in CLOSED:
+        raise SurgeryError(f"checkpoints of {name} are neither imported nor exported: {CLOSED[name]}")
     if name not in FORMATS:
         guess = closest(name, FORMATS)
         hint = f"did you mean {guess!r}?" if guess else f"choose one of {', '.join(FORMATS)}"

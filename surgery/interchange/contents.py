@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
+from ..hub import softmax_twin
 from ..recipe import Recipe
 from .tensors import LoRA
 
@@ -24,8 +26,10 @@ class Imported:
 
 @dataclass(frozen=True)
 class Exported:
-    """tensors: for model.safetensors. config: for config.json, if not empty. options: with which to import it."""
+    """tensors: for model.safetensors. config: for config.json, if not empty. options: with which to import it.
+    twin: makes the softmax model to import it into of the converted one."""
 
     tensors: dict[str, Tensor]
     config: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
+    twin: Callable[[Any], Any] = softmax_twin

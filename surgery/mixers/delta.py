@@ -24,11 +24,13 @@ class BetaConfig(Config):
 
     source: hidden, the layer's input; key, the keys of all heads before norms and rotation.
     maximum: 2 lets a token turn what it recalls around, as tracking states needs (arXiv 2411.12537).
+    bias: beside the weight; published layers have none, and nor do checkpoints made for them.
     """
 
     source: Literal["hidden", "key"] = "hidden"
     initial: float = Field(0.5, gt=0)
     maximum: Literal[1, 2] = 1
+    bias: bool = True
 
     @model_validator(mode="after")
     def _initial_fits(self) -> BetaConfig:
@@ -36,13 +38,15 @@ class BetaConfig(Config):
             raise ValueError(
                 f"initial {self.initial:g} must be less than maximum {self.maximum}, which β never reaches"
             )
+        if not self.bias and 2 * self.initial != self.maximum:
+            raise ValueError(f"β starts at half its maximum without a bias: set initial to {self.maximum / 2:g}")
         return self
 
 
 class Beta(nn.Module):
     """β = maximum · σ(x W + b), one for each head of the state and token.
 
-    weight: [C or H_kv·D, H_s], bias: [H_s], fp32.
+    weight: [C or H_kv·D, H_s], bias: [H_s] or None, fp32.
     """
 
     def __init__(self, config: BetaConfig, shape: AttentionShape, heads: int) -> None:
@@ -50,7 +54,7 @@ class Beta(nn.Module):
         self.config, self.field = config, FIELDS[config.source]
         width = shape.hidden_size if config.source == "hidden" else shape.kv_heads * shape.head_dim
         self.weight = nn.Parameter(torch.empty(width, heads, dtype=torch.float32))
-        self.bias = nn.Parameter(torch.empty(heads, dtype=torch.float32))
+        self.bias = nn.Parameter(torch.empty(heads, dtype=torch.float32)) if config.bias else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -58,11 +62,13 @@ class Beta(nn.Module):
         share = self.config.initial / self.config.maximum
         with torch.no_grad():
             self.weight.zero_()
-            self.bias.fill_(math.log(share / (1 - share)))
+            if self.bias is not None:
+                self.bias.fill_(math.log(share / (1 - share)))
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, C] or [B, T, H_kv, D] -> [B, T, H_s], fp32."""
-        return self.config.maximum * affine(x.flatten(2), self.weight, self.bias).sigmoid()
+        bias = self.weight.new_zeros(()) if self.bias is None else self.bias
+        return self.config.maximum * affine(x.flatten(2), self.weight, bias).sigmoid()
 
     def extra_repr(self) -> str:
         return f"{self.config.source}, initial={self.config.initial:g}, maximum={self.config.maximum}"
@@ -72,11 +78,13 @@ class DeltaBase(RecurrentConfig):
     """D = α S, S = D + β kᵀ(v - k D), y = q S, with k = φ(k) and q = φ(q) of length one: see `RecurrentConfig`.
 
     A key that comes back replaces its value, so outputs stay as large as values are and need no normaliser.
+    values: what is written, v itself, or silu(v), as in flash-linear-attention's layers.
     """
 
     feature_map: FeatureMapConfig = SiluConfig()
     beta: BetaConfig = BetaConfig()
     normalize: Literal["none", "rms"] = "none"
+    values: Literal["identity", "silu"] = "identity"
 
     def build(self, shape: AttentionShape) -> DeltaMixer:
         return DeltaMixer(self, shape)
@@ -117,4 +125,5 @@ class DeltaMixer(RecurrentMixer):
         self, context: AttentionContext, run: Run, q: Tensor, k: Tensor, v: Tensor, log_gate: Tensor, **maps: Any
     ) -> Tensor:
         gate = None if isinstance(self.gate, NoDecay) else log_gate
+        v = nn.functional.silu(v) if self.config.values == "silu" else v
         return run(kernels.delta_attention, q, k, v, self.beta(getattr(context, self.beta.field)), gate, **maps)

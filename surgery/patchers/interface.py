@@ -69,6 +69,12 @@ class Site:
     shape: AttentionShape
     mixin: type | None = None
 
+    @property
+    def patcher(self) -> str:
+        """The module that says how the attention is taken apart."""
+        own = self.mixin or self.family.forward or type(self.family)
+        return own.__module__.removeprefix(f"{__package__}.")
+
 
 @dataclass
 class Call:

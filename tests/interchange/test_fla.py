@@ -161,8 +161,7 @@ def with_key(key: str) -> dict[str, Tensor]:
     [
         (with_key("q_conv1d.weight"), "short convolutions"),
         (with_key("g_proj.weight"), "output gate"),
-        (with_key("b_proj.weight"), "values pass through silu"),
-        (with_key("A_log"), "values pass through silu"),
+        (with_key("b_proj.weight"), r"does not know \(layers.1.attn.b_proj.weight\)"),
         (with_key("other.weight"), r"format fla does not know \(layers.1.attn.other.weight\)"),
         (
             {key: value for key, value in whole().items() if "1.attn.gk_proj.1.bias" not in key},
@@ -183,8 +182,9 @@ def test_refused_tensors(checkpoint, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "gated_deltanet"}, "'gated_deltanet' .* silu before"),
-        ({"model_type": "delta_net"}, "'delta_net' .* silu before"),
+        ({"model_type": "hgrn2"}, "'hgrn2' are not imported from fla: its norm is one over all heads"),
+        ({"model_type": "gsa"}, "'gsa' .* pass through silu"),
+        ({"model_type": "kda"}, "'kda' .* gated by the layer's input"),
         ({"model_type": "rwkv7"}, "'rwkv7' are not imported"),
         ({"use_output_gate": True}, "an output gate"),
         ({"use_short_conv": True}, "short convolutions"),
@@ -210,8 +210,7 @@ def test_refused_models():
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [
-        ({"mixer": {"kind": "gated_delta"}}, "only gla is exported"),
-        ("llama/lolcats", "only gla is exported"),
+        ("llama/lolcats", "only gla, gated_delta, delta are exported"),
         (
             "llama/liger-gla",
             "no softmax window, no outputs with normalize: none, .* no gate key",
@@ -234,11 +233,11 @@ def test_not_exported(recipe, message, tmp_path):
 
 def test_nothing_is_written_when_logits_differ(tmp_path, monkeypatch):
     model = surgery.apply(base(), {"mixer": GLA})
-    monkeypatch.setattr("surgery.interchange.fla.RANK", 15)
+    monkeypatch.setattr("surgery.interchange.fla_layers.RANK", 15)
     with pytest.raises(surgery.SurgeryError, match="no gate of rank over 15"):
         surgery.export_checkpoint(model, tmp_path / "out")
     monkeypatch.undo()
-    monkeypatch.setattr("surgery.interchange.fla.MAPS", {None: "silu", "swish": "identity"})
+    monkeypatch.setattr("surgery.interchange.fla_layers.MAPS", {None: "silu", "swish": "identity"})
     with pytest.raises(surgery.SurgeryError, match="logits differ .* nothing was written"):
         surgery.export_checkpoint(model, tmp_path / "out")
     assert not list(tmp_path.iterdir())

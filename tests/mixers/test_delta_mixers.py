@@ -69,7 +69,22 @@ def test_starts_as_large_as_values_are():
     assert close(y[:, -1], torch.einsum("t,bthd->bhd", weights, call.v).repeat_interleave(2, 1))
 
 
+def test_silu_of_values_is_what_is_written():
+    config = {"kind": "gated_delta", "feature_map": {"kind": "silu"}, **ALONE}
+    plain, through = (parse(config | {"values": values}).build(SHAPE).double() for values in ("identity", "silu"))
+    call = context(20)
+    passed = type(call)(**{**vars(call), "v": functional.silu(call.v)})
+    assert torch.equal(through(call)[0], plain(passed)[0]) and not close(through(call)[0], plain(call)[0])
+
+
+def test_beta_without_a_bias():
+    mixer = parse({"kind": "delta", "beta": {"initial": 1, "maximum": 2, "bias": False}}).build(SHAPE)
+    assert [name for name, _ in mixer.beta.named_parameters()] == ["weight"]
+    assert torch.equal(mixer.beta(context(5, dtype=torch.float32).hidden_states), torch.ones(2, 5, 2))
+
+
 ERRORS = {
+    "no bias": ({"kind": "delta", "beta": {"initial": 0.3, "bias": False}}, "set initial to 0.5"),
     "initial": ({"kind": "delta", "beta": {"initial": 1}}, "initial 1 must be less than maximum 1"),
     "channel": ({"kind": "gated_delta", "gate": {"kind": "key"}}, "mamba2"),
     "scalar": ({"kind": "kda", "gate": {"kind": "mamba2"}}, "low_rank"),
