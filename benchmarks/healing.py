@@ -2,9 +2,9 @@
 
 A step of each stage of LoLCATs, forward, backward and optimizer, at the shape of Llama-3.2-1B with random weights: by
 our kernels, by chunked torch, and by plain PyTorch that computes all T² weights (`benchmarks.quadratic`); for the
-second stage also the softmax model under the same adapters. bf16 autocast, as `surgery convert` trains. Beside the peak
-of memory stands what `surgery plan` says it is. What does not fit is said to. Writes healing.json and healing.md;
-`--quick` runs a toy on any machine.
+second stage also the softmax model under the same adapters, and ours with recomputed activations. bf16 autocast, as
+`surgery convert` trains. Beside the peak of memory stands what `surgery plan` says it is. What does not fit is said to.
+Writes healing.json and healing.md; `--quick` runs a toy on any machine.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ from surgery.training.losses import cross_entropy
 from surgery.training.module import HealingModule
 
 ROOT = Path(__file__).resolve().parents[1]
-CHUNKED, TRITON, QUADRATIC, SOFTMAX = "ours, chunked torch", "ours, Triton", "LoLCATs, quadratic", "softmax"
+CHUNKED, TRITON, RECOMPUTED = "ours, chunked torch", "ours, Triton", "ours, Triton, activations recomputed"
+QUADRATIC, SOFTMAX = "LoLCATs, quadratic", "softmax"
 TOY = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
 Row = dict[str, Any]
 
@@ -49,7 +50,7 @@ def loss_of(way: str, step: Step, device: str) -> tuple[nn.Module, Callable[[], 
     """The model that one way trains, and a step's loss."""
     layers = step.config.num_hidden_layers
     with torch.device(device):
-        if way in (CHUNKED, TRITON):
+        if way in (CHUNKED, TRITON, RECOMPUTED):
             model = stage_model(step, layers, 0)
         elif step.index:
             model = stage_model(step, 0, layers)
@@ -57,6 +58,8 @@ def loss_of(way: str, step: Step, device: str) -> tuple[nn.Module, Callable[[], 
             config = with_layers(step.config, layers)
             model = AutoModelForCausalLM.from_config(config, dtype=config.dtype).requires_grad_(False)
         batch = stage_batch(step)
+    if way == RECOMPUTED:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     batch = {n: torch.randint_like(x, step.config.vocab_size) if x.dtype == torch.long else x for n, x in batch.items()}
     if way != QUADRATIC:
         stage = step.recipe.stages[step.index]
@@ -87,7 +90,7 @@ def measure(way: str, step: Step, device: str, repeats: int) -> Row:
     spent = []
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-    with kernels.backend("triton" if way == TRITON else "chunked"):
+    with kernels.backend("triton" if cuda and way in (TRITON, RECOMPUTED) else "chunked"):
         for _ in range(2 + repeats):
             wait()
             start = time.perf_counter()
@@ -108,7 +111,7 @@ def tried(way: str, step: Step, device: str, repeats: int) -> Row:
     try:
         row |= measure(way, step, device, repeats)
     except torch.cuda.OutOfMemoryError:
-        row["failed"] = "does not fit"
+        row["failed"] = f"does not fit in {torch.cuda.get_device_properties(0).total_memory / 2**30:.0f} GiB"
     except RuntimeError as failed:
         row["failed"] = f"{type(failed).__name__}: {str(failed).splitlines()[0][:120]}"
     gc.collect()
@@ -117,11 +120,11 @@ def tried(way: str, step: Step, device: str, repeats: int) -> Row:
     return row
 
 
-def planned(step: Step) -> float:
-    """GiB of tensors, by `surgery plan`: without what driver and allocator keep."""
-    request = Request(tokens_per_batch=step.batch * step.length, gpu="h100")
-    memory = plan(step.config, step.recipe, request).stages[step.index].memory
-    return (memory.total - memory.reserved) / 2**30
+def planned(step: Step) -> list[dict[str, float]]:
+    """GiB of tensors, by `surgery plan`: for each stage, without what driver and allocator keep."""
+    stages = plan(step.config, step.recipe, Request(tokens_per_batch=step.batch * step.length, gpu="h100")).stages
+    found = [{TRITON: stage.memory, RECOMPUTED: stage.checkpointed} for stage in stages]
+    return [{way: (m.total - m.reserved) / 2**30 for way, m in own.items() if m is not None} for own in found]
 
 
 def cases(config: LlamaConfig, lengths: list[int], tokens: int, autocast: bool) -> Iterator[tuple[list[str], Step]]:
@@ -131,7 +134,8 @@ def cases(config: LlamaConfig, lengths: list[int], tokens: int, autocast: bool) 
         own = recipe.model_copy(update={"stages": stages})
         for index in range(2):
             step = Step(config, own, index, max(1, tokens // length), length, autocast, False, GPUS["h100"])
-            yield [TRITON, CHUNKED, QUADRATIC] + ([SOFTMAX] if index else []), step
+            # in attention transfer nothing flows from layer to layer, and activations are kept
+            yield [TRITON, *([RECOMPUTED] if index else []), CHUNKED, QUADRATIC, *([SOFTMAX] if index else [])], step
 
 
 def table(rows: list[Row]) -> str:
@@ -155,7 +159,7 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--lengths", nargs="*", type=int, default=[2048, 8192])
     parser.add_argument("--tokens", type=int, default=8192, help="of a step")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--only", nargs="*", default=[TRITON, CHUNKED, QUADRATIC, SOFTMAX])
+    parser.add_argument("--only", nargs="*", default=[TRITON, RECOMPUTED, CHUNKED, QUADRATIC, SOFTMAX])
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--quick", action="store_true", help="a toy, to see that all of this runs")
     return parser.parse_args(given)
@@ -171,14 +175,16 @@ def main(given: list[str] | None = None) -> list[Row]:
         chosen.only = [way for way in chosen.only if way != TRITON or device == "cuda"]
     torch.set_float32_matmul_precision("high")
     rows: list[Row] = []
+    plans: dict[int, list[dict[str, float]]] = {}
     chosen.out.mkdir(parents=True, exist_ok=True)
     for ways, step in cases(config, chosen.lengths, chosen.tokens, device == "cuda"):
         for way in (way for way in ways if way in chosen.only):
             # matrices of one row are all that fits
             own = replace(step, batch=1) if way == QUADRATIC and not chosen.quick else step
             row = tried(way, own, device, chosen.repeats)
-            if way == TRITON and "failed" not in row:
-                row["planned_gib"] = planned(own)
+            if way in (TRITON, RECOMPUTED) and "failed" not in row:
+                plans[own.length] = plans.get(own.length) or planned(own)
+                row["planned_gib"] = plans[own.length][own.index][way]
             rows.append(row)
             print(table(rows).splitlines()[-1], flush=True)
             result = {"environment": environment(), "source": source(), "shape": chosen.shape, "rows": rows}

@@ -22,7 +22,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -34,6 +34,10 @@ from benchmarks.quality_report import plot, report
 from surgery.doctor import environment
 from surgery.evaluation.comparison import replacing
 from surgery.recipe import load_recipe
+from surgery.training.convert import Options
+from surgery.training.text import StageData, config_of
+
+Summary = Callable[[dict[str, Any]], str]
 
 RESULTS = Path(__file__).parent / "results" / "quality"
 QUICK = {"tokens": 128, "batch_size": 2, "accumulate": 1, "sequence_length": 64}
@@ -139,15 +143,26 @@ def is_done(row: Row, out: Path) -> bool:
     return found is not None
 
 
-def gather(rows: Sequence[Row], out: Path, prefix: Path) -> None:
+def gather(rows: Sequence[Row], chosen: argparse.Namespace, prefix: Path, summary: Summary = report) -> None:
     """All that is done, in PREFIX.json, .md and .png."""
+    out = chosen.out
     done = {row.name: json.loads((out / f"{row.name}.json").read_text()) for row in rows if is_done(row, out)}
     if not done:
         return
-    result = {"environment": environment(), "rows": done, "missing": [row.name for row in rows if row.name not in done]}
+    missing = [row.name for row in rows if row.name not in done]
+    result = {"environment": environment(), "tokens": sizes(chosen), "rows": done, "missing": missing}
     _write(prefix.with_suffix(".json"), json.dumps(result, separators=(",", ":")) + "\n")
-    _write(prefix.with_suffix(".md"), report(result))
+    _write(prefix.with_suffix(".md"), summary(result))
     plot(done, prefix.with_suffix(".png"))
+
+
+def sizes(chosen: argparse.Namespace) -> dict[str, int]:
+    """Tokens to train on, by domain."""
+    files, config = sorted(chosen.tokens.glob("*.train.*")), config_of(str(chosen.model))
+    found: dict[str, int] = {}
+    for corpus in StageData(files, [], None, config, Options(), lambda line: None).corpora:
+        found[corpus.domain] = found.get(corpus.domain, 0) + len(corpus.tokens)
+    return found
 
 
 def _write(path: Path, text: str) -> None:
@@ -155,13 +170,18 @@ def _write(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def main(given: list[str] | None = None, rows: Sequence[Row] | None = None, about: str | None = __doc__) -> None:
-    """rows: instead of a file."""
+def main(
+    given: list[str] | None = None,
+    rows: Sequence[Row] | None = None,
+    about: str | None = __doc__,
+    summary: Summary = report,
+) -> None:
+    """rows: instead of a file. summary: makes the Markdown."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     given = sys.argv[1:] if given is None else given
     if "--show" in given:
         parser.add_argument("--show", type=Path)
-        print(report(json.loads(parser.parse_args(given).show.read_text())), end="")
+        print(summary(json.loads(parser.parse_args(given).show.read_text())), end="")
         return
     for name in (*(["rows"] if rows is None else []), "model", "tokens", "out"):
         parser.add_argument(name, type=Path)
@@ -176,7 +196,7 @@ def main(given: list[str] | None = None, rows: Sequence[Row] | None = None, abou
     chosen = parser.parse_args(given)
     known = read_rows(chosen.rows) if rows is None else list(rows)
     failed = run([row for row in known if not chosen.only or row.name in chosen.only], chosen)
-    gather(known, chosen.out, chosen.results or (RESULTS if rows is None else chosen.out / "results"))
+    gather(known, chosen, chosen.results or (RESULTS if rows is None else chosen.out / "results"), summary)
     sys.exit(1 if failed else 0)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,11 +18,24 @@ def test_quick_run_measures_every_way(tmp_path):
     ways = [healing.CHUNKED, healing.QUADRATIC]
     assert [(r["stage"], r["way"]) for r in rows] == [
         *(("attention_transfer", way) for way in ways),
-        *(("lora", way) for way in [*ways, healing.SOFTMAX]),
+        *(("lora", way) for way in [healing.RECOMPUTED, *ways, healing.SOFTMAX]),
     ]
+    assert [r["way"] for r in rows if r.get("planned_gib", 0) > 0] == [healing.RECOMPUTED]
     assert all(r["tokens_per_second"] == pytest.approx(256 / r["seconds"]) for r in rows)
     assert json.loads((tmp_path / "healing.json").read_text())["rows"] == rows
     assert len((tmp_path / "healing.md").read_text().splitlines()) == 2 + len(rows)
+
+
+def test_what_does_not_fit_is_a_row(tmp_path, monkeypatch):
+    def full(way, *args):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(healing, "measure", full)
+    properties = SimpleNamespace(total_memory=80 * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    rows = healing.main(["--quick", "--out", str(tmp_path), "--only", healing.QUADRATIC])
+    assert [row["failed"] for row in rows] == ["does not fit in 80 GiB"] * 2
+    assert (tmp_path / "healing.md").read_text().count("does not fit in 80 GiB") == 2
 
 
 @torch.no_grad()

@@ -168,7 +168,8 @@ def domain_mixing(config: Mixing, sizes: Sequence[float], start: int = 0, stop: 
     """What a recipe says about mixing, for domains of these sizes."""
     if isinstance(config, BanditMixing):
         bandit = BanditMix(len(sizes), config.policy, eta=config.eta, floor=config.floor, scale=config.scale)
-        return DomainMixing(bandit, every=config.every, start=start, stop=stop)
+        # trainers take a batch before they are done with the one before
+        return DomainMixing(bandit, every=config.every, delay=1, start=start, stop=stop)
     mix = TemperatureMix(sizes, config.tau)
     if config.end is None:
         return DomainMixing(mix, start=start, stop=stop)

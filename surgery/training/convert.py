@@ -43,7 +43,7 @@ from .module import HealingModule
 from .processes import Team, join
 from .run import Run, StageResult, write_csv, write_text
 from .stages import AttentionTransfer as Transfer
-from .stages import Calibrate, LoRA, Plateau, StageConfig, TemperatureMixing, TrainingStage
+from .stages import BanditMixing, Calibrate, LoRA, Plateau, StageConfig, TemperatureMixing, TrainingStage
 from .strategy import Sharding, Strategy, sharded
 from .text import Say, StageData, config_of, tokenizer_of
 from .watch import Checkpoints, Validation, Watch
@@ -267,10 +267,15 @@ def _callbacks(stage: TrainingStage, data: HealingData, options: Options) -> lis
     """Of a stage; what mixes domains also decides which rows come."""
     if stage.mixing is None:
         return stage_callbacks(stage)
-    if not isinstance(stage.mixing, TemperatureMixing) or stage.mixing.at == "plateau":
+    if isinstance(stage.mixing, TemperatureMixing) and stage.mixing.at == "plateau":
         raise SurgeryError(
-            "surgery convert mixes domains by a temperature that changes at a step or a fraction of the stage: for a "
-            "bandit or a plateau, use surgery.callbacks.DomainMixing and HealingData in a Trainer of your own"
+            "surgery convert cools mixing down at a step or a fraction of the stage: for a plateau, use "
+            "surgery.callbacks.DomainMixing and HealingData in a Trainer of your own"
+        )
+    if isinstance(stage.mixing, BanditMixing) and isinstance(stage, Transfer):
+        raise SurgeryError(
+            "a bandit hears the loss of each domain, and attention transfer has one of all rows: mix the rows of that "
+            "stage by temperature"
         )
     callbacks = stage_callbacks(stage, sizes=data.sizes)
     mixing = next(callback for callback in callbacks if isinstance(callback, DomainMixing))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,11 +16,11 @@ from ..callbacks import AttentionTransfer
 from ..sharding import shard
 from .data.rows import model_inputs
 from .delta import learned
-from .distillation import distill
-from .head import head_of
+from .distillation import distillation_loss
+from .head import head_of, teach
 from .losses import cross_entropy
 from .rates import rate_factor
-from .stages import LoRA, Plateau, TrainingStage
+from .stages import BanditMixing, LoRA, Plateau, TrainingStage
 
 
 class HealingModule(LightningModule):
@@ -52,12 +53,13 @@ class HealingModule(LightningModule):
             assert self.device_mesh is not None
             shard(self.model, self.device_mesh["data_parallel"])
 
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor | dict[str, Tensor]:
         if self.transfer is not None:
             return self._run(batch)
-        loss = self._language_loss(batch)
-        self.log("loss", loss.detach(), prog_bar=True)
-        return loss
+        asked = isinstance(self.stage.mixing, BanditMixing)
+        result = self._losses_by_domain(batch) if asked else {"loss": self._language_loss(batch)}
+        self.log("loss", result["loss"].detach(), prog_bar=True)
+        return result if asked else result["loss"]
 
     def _run(self, batch: dict[str, Tensor]) -> Tensor:
         """The layers alone: in transfer mode nobody looks at the logits."""
@@ -65,20 +67,38 @@ class HealingModule(LightningModule):
         return hidden.new_zeros(())
 
     def _language_loss(self, batch: dict[str, Tensor]) -> Tensor:
+        return self._losses(batch)(...)
+
+    def _losses_by_domain(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The loss, in which rows weigh alike, and as `domain_losses` [B] that of each row's domain."""
+        domains, losses = batch["domains"], self._losses(batch)
+        each = torch.zeros(len(domains), device=domains.device)
+        total = each.sum()
+        for domain in domains.unique().tolist():
+            own = domains == domain
+            loss = losses(own)
+            total = total + loss * own.float().mean()
+            each[own] = loss.detach().float()
+        return {"loss": total, "domains": domains, "domain_losses": each}
+
+    def _losses(self, batch: dict[str, Tensor]) -> Callable[[Any], Tensor]:
+        """Run the batch; returns what makes the loss of some of its rows, or with `...` of all."""
         assert isinstance(self.stage, LoRA)
         weights, inputs, labels = self.stage.loss, model_inputs(batch, labels=False), batch["labels"]
         if not weights.kl:
-            return weights.cross_entropy * cross_entropy(self.model(**inputs).logits, labels)
+            logits = self.model(**inputs).logits
+            return lambda rows: weights.cross_entropy * cross_entropy(logits[rows], labels[rows])
         decoder: Any = self.model.get_decoder()
-        hidden = decoder(**inputs)[0]
-        how: dict[str, Any] = {
-            "divergence": weights.divergence,
-            "temperature": weights.temperature,
-            "top_k": weights.top_k,
-        }
-        loss = weights.kl * distill(self.model, hidden, **inputs, **how)
-        if weights.cross_entropy:
-            loss = loss + weights.cross_entropy * cross_entropy(head_of(self.model)(hidden), labels)
+        hidden, head = decoder(**inputs)[0], head_of(self.model)
+        teacher, teacher_head = teach(self.model, (), inputs)
+        how: dict[str, Any] = weights.model_dump(include={"divergence", "temperature", "top_k"})
+
+        def loss(rows: Any) -> Tensor:
+            found = weights.kl * distillation_loss(hidden[rows], teacher[rows], head, teacher_head, **how)
+            if weights.cross_entropy:
+                found = found + weights.cross_entropy * cross_entropy(head(hidden[rows]), labels[rows])
+            return found
+
         return loss
 
     def validation_loss(self, batch: dict[str, Tensor]) -> Tensor:

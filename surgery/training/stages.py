@@ -103,7 +103,7 @@ class TemperatureMixing(Config):
 
 
 class BanditMixing(Config):
-    """Draw rows of the domains whose loss falls, decided every `every` optimizer steps.
+    """Draw rows of the domains whose loss falls, decided every `every` optimizer steps; in `lora` stages.
 
     policy, eta, floor, scale: see `surgery.training.bandits.BanditMix`.
     """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+from functools import partial
 from itertools import chain
 from types import SimpleNamespace
 
@@ -13,6 +13,7 @@ import torch
 import transformers
 import zoo
 from data_cases import documents, lines
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoTokenizer
 
@@ -20,11 +21,13 @@ import surgery
 from surgery import SurgeryError
 from surgery.callbacks import DomainMixing
 from surgery.showcase import DEMO
+from surgery.training.bandits import BanditMix
 from surgery.training.convert import Options, convert
 from surgery.training.data.module import HealingData
 from surgery.training.data.order import ShuffledRows
 from surgery.training.data.rows import model_inputs
 from surgery.training.mixing import Cooldown, DomainSampler, TemperatureMix
+from surgery.training.module import HealingModule
 
 
 @pytest.fixture(scope="module")
@@ -259,10 +262,51 @@ def test_convert_mixes_domains_by_temperature(inputs):
     assert (
         convert(inputs / "model", recipe, [inputs / "a.npy", inputs / "b.npy"], inputs / "out") / "config.json"
     ).exists()
-    for other in ({"kind": "bandit"}, {"kind": "temperature", "at": "plateau"}):
-        with pytest.raises(SurgeryError, match="surgery convert mixes domains by a temperature that changes at a step"):
-            convert(inputs / "model", recipe.override({"stages.0.mixing": other}), [inputs / "a.npy"], inputs / "other")
-        shutil.rmtree(inputs / "other.run")
+    recipe = recipe.override({"stages.0.mixing": {"kind": "temperature", "at": "plateau"}})
+    with pytest.raises(SurgeryError, match="surgery convert cools mixing down at a step"):
+        convert(inputs / "model", recipe, [inputs / "a.npy"], inputs / "other")
+
+
+@pytest.mark.parametrize("loss", [{"cross_entropy": 1}, {"kl": 1, "cross_entropy": 0.5}])
+def test_convert_mixes_domains_by_a_bandit(loss, inputs, monkeypatch):
+    """It hears of each domain what a batch of that domain's rows alone would cost, and a killed run goes on."""
+    stage = {**STAGE, "kind": "lora", "rank": 2, "loss": loss, "mixing": {"kind": "bandit", "every": 2}}
+    recipe = surgery.load_recipe({"mixer": MIXER, "stages": [stage | {"batch_size": 4, "tokens": 4 * 16 * 6}]})
+    heard, losses, told = [], HealingModule._losses_by_domain, BanditMix.observe
+
+    def watched(module, batch):
+        found = losses(module, batch)
+        with torch.no_grad():
+            for row, own in zip(batch["domains"], found["domain_losses"], strict=True):
+                alone = {name: x[batch["domains"] == row] for name, x in batch.items()}
+                assert torch.allclose(own, module._language_loss(alone), rtol=1e-4)
+            assert torch.allclose(found["loss"], module._language_loss(batch), rtol=1e-4)
+        return found
+
+    monkeypatch.setattr(HealingModule, "_losses_by_domain", watched)
+    monkeypatch.setattr(BanditMix, "observe", lambda self, *seen: [heard.append(seen[1].sum()), told(self, *seen)])
+    run = partial(convert, inputs / "model", recipe, [inputs / "a.npy", inputs / "b.npy"])
+    whole = load_file(run(inputs / "whole") / "model.safetensors")
+    assert heard == [8, 8, 8]
+
+    def dies(self, *seen):
+        heard.append(told(self, *seen))
+        if len(heard) == 5:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(BanditMix, "observe", dies)
+    with pytest.raises((KeyboardInterrupt, SystemExit, SurgeryError)):
+        run(inputs / "part", options=Options(save_every=1))
+    monkeypatch.setattr(BanditMix, "observe", told)
+    part = load_file(run(inputs / "part", options=Options(save_every=1)) / "model.safetensors")
+    assert all(torch.equal(part[name], whole[name]) for name in whole)
+
+
+def test_a_bandit_is_refused_where_domains_are_not_told_apart(inputs):
+    stage = {**STAGE, "kind": "attention_transfer", "mixing": {"kind": "bandit"}}
+    recipe = surgery.load_recipe({"mixer": MIXER, "stages": [stage]})
+    with pytest.raises(SurgeryError, match="attention transfer has one of all rows"):
+        convert(inputs / "model", recipe, [inputs / "a.npy"], inputs / "out")
 
 
 def test_convert_skips_broken_rows_if_asked(inputs):
