@@ -19,6 +19,7 @@ from .decay import WIDEST, decay_attention, require_gpu
 from .delta import delta_rule
 from .error import output_error
 from .hybrid import hybrid_attention, window_attention
+from .mesa import mesa_attention
 from .mixed_step import hybrid_attention_step, window_attention_step
 from .norm import head_norm
 from .slot_step import gated_slot_attention_step
@@ -42,6 +43,7 @@ __all__ = [
     "hybrid_attention_step",
     "linear_attention",
     "linear_attention_step",
+    "mesa_attention",
     "output_error",
     "slot_attention",
     "window_attention",
