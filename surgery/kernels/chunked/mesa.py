@@ -66,27 +66,35 @@ def _ratio(a: Tensor, b: Tensor) -> Tensor:
     return torch.where(b > 0, a / b.where(b > 0, 1), 0)
 
 
+Solver = Callable[[Systems, Tensor, int], Tensor]
+"""A⁻¹ b after so many steps: [M, rows, G, D] -> the same."""
+
+
+def iterated(systems: Systems, b: Tensor, steps: int) -> Tensor:
+    return conjugate_gradients(systems.product, b, steps)
+
+
 class Solved(torch.autograd.Function):
     """A⁻¹ of a residual that is zero but for rounding; A is symmetric, so its gradient is one more solve."""
 
     @staticmethod
-    def forward(ctx: Any, residual: Tensor, steps: int, *systems: Tensor) -> Tensor:
-        ctx.steps = steps
+    def forward(ctx: Any, residual: Tensor, solver: Solver, steps: int, *systems: Tensor) -> Tensor:
+        ctx.solver, ctx.steps = solver, steps
         ctx.save_for_backward(*systems)
         return torch.zeros_like(residual)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         systems = Systems(*ctx.saved_tensors)
-        return conjugate_gradients(systems.product, gradient, ctx.steps), None, *[None] * len(systems)
+        return ctx.solver(systems, gradient, ctx.steps), None, None, *[None] * len(systems)
 
 
-def solve(systems: Systems, b: Tensor, steps: int) -> Tensor:
+def solve(solver: Solver, systems: Systems, b: Tensor, steps: int) -> Tensor:
     """A⁻¹ b, differentiable in all tensors: [M, rows, G, D] -> the same."""
     fixed = Systems(*(x.detach() for x in systems))
     with torch.no_grad():
-        x = conjugate_gradients(fixed.product, b, steps)
-    return x + Solved.apply(b - systems.product(x), steps, *fixed)
+        x = solver(fixed, b, steps)
+    return x + Solved.apply(b - systems.product(x), solver, steps, *fixed)
 
 
 def mesa_attention(
@@ -103,6 +111,23 @@ def mesa_attention(
     return_state: bool = False,
 ) -> tuple[Tensor, State | None]:
     """See the reference."""
+    return attend(iterated, q, k, v, log_gate, ridge, steps, state, lengths, segments, return_state)
+
+
+def attend(
+    solver: Solver,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_gate: Tensor,
+    ridge: Tensor,
+    steps: int,
+    state: State | None,
+    lengths: Tensor | None,
+    segments: Tensor | None,
+    return_state: bool,
+) -> tuple[Tensor, State | None]:
+    """The operation, whatever solves its systems."""
     batch, tokens, heads, dim = *q.shape[:2], *k.shape[2:]
     q, k, v, log_gate = real(lengths, q, k, v, log_gate)
     queries, keys, values, gates = maps.unit(q), maps.unit(k), maps.precise(v), log_gate.to(maps.precise(k).dtype)
@@ -129,7 +154,7 @@ def mesa_attention(
 
     penalty = ridge.to(keys.dtype).repeat(keys.shape[0] // heads, 1).unsqueeze(1)
     systems = Systems(keys, decay.squeeze(2), since.exp(), H, penalty)
-    y = systems.read(solve(systems, queries, steps), values, S)
+    y = systems.read(solve(solver, systems, queries, steps), values, S)
     # [N·B·H, rows, G, D_v] -> [B, T, H·G, D_v]
     y = y.unflatten(0, split).movedim((0, 2), (1, 3)).flatten(1, 2)[:, :tokens].flatten(2, 3)
     if not return_state:

@@ -21,6 +21,7 @@ from .delta import delta_rule
 from .delta_channel import channel_delta_rule
 from .error import output_error
 from .hybrid import hybrid_attention, window_attention
+from .mesa import mesa_attention
 from .mixed_step import hybrid_attention_step, window_attention_step
 from .norm import head_norm
 from .slot_step import gated_slot_attention_step
@@ -46,6 +47,7 @@ __all__ = [
     "hybrid_attention_step",
     "linear_attention",
     "linear_attention_step",
+    "mesa_attention",
     "output_error",
     "slot_attention",
     "window_attention",
