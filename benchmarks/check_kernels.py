@@ -45,6 +45,7 @@ SINGLE = ("S_ptr", "z_ptr", "mass_ptr", "S_after_ptr", "z_after_ptr", "excess_pt
 SINGLE += ("beta_ptr", "dbeta_ptr", "dS_after_ptr", "dz_after_ptr", "dS_ptr", "dz_ptr", "dzs_ptr", "near_ptr")
 SINGLE += ("inverse_ptr", "total_ptr", "S_end_ptr", "z_end_ptr", "u_ptr", "du_ptr", "dr_ptr")
 SINGLE += ("q_since_ptr", "k_since_ptr", "k_until_ptr", "weight_ptr", "dA_ptr", "dW_ptr")
+SINGLE += ("dq_part_ptr", "dk_part_ptr", "dgate_part_ptr")
 SCALARS = {"scale": "fp32", "eps": "fp32"}
 SCALARS |= dict.fromkeys(("T", "stride_a", "stride_x", "span", "groups"), "i32")
 CHANNEL, DELTA, KDA = 3, 4, 5
@@ -60,8 +61,8 @@ ALLOWED: dict[str, tuple[int, str]] = {
     # normalised ones keep what rounding takes, which is most of it
     "y": (2500, UNTUNED), "dq": (1300, UNTUNED), "dk": (1600, FASTEST), "dv": (2000, UNTUNED), "dqk": (700, UNTUNED),
     "fused y": (300, UNTUNED), "S": (100, UNTUNED), "dS": (900, UNTUNED),
-    "kda weights": (600, UNTRIED), "kda S": (200, UNTRIED), "kda dS": (1000, UNTRIED), "kda pairs": (50, UNTRIED),
-    "kda dqk": (5500, UNTRIED),
+    "kda weights": (600, UNTRIED), "kda dS": (1000, UNTRIED), "kda pairs": (50, UNTRIED),
+    "kda states": (250, UNTRIED), "kda dqk": (3000, UNTRIED),
     "far y": (10**6, RARE), "far dqk": (10**6, RARE), "far dv": (10**6, RARE),
     # of windows and hybrids
     "tile_outputs": (100, FASTEST), "query_gradients": (1100, FASTEST), "feature_gradients": (500, FASTEST),
@@ -165,6 +166,7 @@ def kda_variants(features: int, columns: int, groups: int) -> Iterator[Variant]:
         ("kda du", delta_channel_backward.local_gradients),
         ("kda dS", delta_channel_backward.gradient_sweep),
         ("kda pairs", delta_channel_backward.pair_gradients),
+        ("kda states", delta_channel_backward.state_gradients),
         ("kda dqk", delta_channel_backward.feature_gradients),
     ):
         told = call.told(kernel, CARRIED=True, DS_AFTER=True, DS=True, INTERPRET=False)
