@@ -31,6 +31,7 @@ SINGLE += ("beta_ptr", "dbeta_ptr", "dS_after_ptr", "dz_after_ptr", "dS_ptr", "d
 SINGLE += ("inverse_ptr", "total_ptr", "S_end_ptr", "z_end_ptr", "logit_ptr", "u_ptr", "du_ptr", "dr_ptr")
 SINGLE += ("gain_ptr", "dgain_ptr", "q_since_ptr", "k_since_ptr", "k_until_ptr", "weight_ptr", "dA_ptr", "dW_ptr")
 SINGLE += ("state_ptr", "dstate_ptr", "share_ptr")
+SINGLE += ("dq_part_ptr", "dk_part_ptr", "dgate_part_ptr")
 SCALARS = {"scale": "fp32", "eps": "fp32"}
 SCALARS |= dict.fromkeys(("T", "stride_a", "stride_x", "span", "groups", "tiles"), "i32")
 FASTEST, UNTUNED, UNTRIED, RARE = (
@@ -44,8 +45,8 @@ ALLOWED: dict[str, tuple[int, str]] = {
     # normalised ones keep what rounding takes, which is most of it
     "y": (2500, UNTUNED), "dq": (1300, UNTUNED), "dk": (1600, FASTEST), "dv": (2000, UNTUNED), "dqk": (700, UNTUNED),
     "logits": (600, UNTUNED), "fused y": (300, UNTUNED), "S": (100, UNTUNED), "dS": (900, UNTUNED),
-    "kda weights": (600, UNTRIED), "kda S": (200, UNTRIED), "kda dS": (1000, UNTRIED), "kda pairs": (50, UNTRIED),
-    "kda dqk": (5500, UNTRIED),
+    "kda weights": (600, UNTRIED), "kda dS": (1000, UNTRIED), "kda pairs": (50, UNTRIED),
+    "kda states": (250, UNTRIED), "kda dqk": (3000, UNTRIED),
     "far y": (10**6, RARE), "far dqk": (10**6, RARE), "far dv": (10**6, RARE), "far logits": (10**6, RARE),
     # of both directions
     "packed dq": (300, UNTUNED),

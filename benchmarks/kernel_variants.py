@@ -146,6 +146,7 @@ def kda_variants(features: int, columns: int, groups: int, _: bool) -> Iterator[
         ("kda du", delta_channel_backward.local_gradients),
         ("kda dS", delta_channel_backward.gradient_sweep),
         ("kda pairs", delta_channel_backward.pair_gradients),
+        ("kda states", delta_channel_backward.state_gradients),
         ("kda dqk", delta_channel_backward.feature_gradients),
     ):
         told = call.told(kernel, CARRIED=True, DS_AFTER=True, DS=True, INTERPRET=False)

@@ -86,5 +86,5 @@ def delta_launch(kernel: str, widest: int) -> dict[str, int]:
 def delta_channel_launch(kernel: str, features: int) -> dict[str, int]:
     """Launch options of a kernel of the delta rule with a gate per channel, with so many features."""
     sweep = kernel in ("state_sweep", "gradient_sweep")
-    heavy = kernel == "feature_gradients" or (sweep and features > 64)
+    heavy = kernel in ("state_gradients", "feature_gradients") or (sweep and features > 64)
     return {"num_warps": 8 if heavy else 4, "num_stages": 1}

@@ -10,7 +10,13 @@ from torch import Tensor
 
 from .configs import delta_channel_launch, padded
 from .decay import INTERPRET, contiguous
-from .delta_channel_backward import feature_gradients, gradient_sweep, local_gradients, pair_gradients
+from .delta_channel_backward import (
+    feature_gradients,
+    gradient_sweep,
+    local_gradients,
+    pair_gradients,
+    state_gradients,
+)
 from .delta_channel_forward import decayed, inverses, outputs, pair_weights, state_sweep
 
 
@@ -180,14 +186,21 @@ def _backward(
     )  # fmt: skip
     # several heads of the state may share one of v
     shared = dv if v.shape[2] == k.shape[2] else call.values()
-    parts = call.single(1 + triton.cdiv(features, call.chunk), *beta.shape)
+    slices = triton.cdiv(features, call.chunk)
+    parts = call.single(1 + 2 * slices, *beta.shape)
     dA, dW = call.single(*k.shape[:3], call.chunk), torch.empty_like(weights)
     pair_gradients[call.grid(chunks)](
         v, u, dy, dr, beta, documents, shared, parts, dA, dW, tokens, scale, **call.told(pair_gradients)
     )
+    # what decayed is not needed any more
+    handed = made[:3]
+    state_gradients[call.grid(chunks, features)](
+        q, k, u, dy, dr, beta, log_gate, documents, states, dstates, *handed, parts[1:], tokens, scale,
+        **call.told(state_gradients),
+    )  # fmt: skip
     feature_gradients[call.grid(chunks, features)](
-        q, k, u, dy, dr, dA, dW, beta, log_gate, documents, states, dstates, dq, dk, parts[1:], dlog_gate,
-        tokens, scale, q.shape[2] // k.shape[2], **call.told(feature_gradients),
+        q, k, dA, dW, beta, log_gate, *handed, dq, dk, dlog_gate, parts[1 + slices :], tokens,
+        q.shape[2] // k.shape[2], **call.told(feature_gradients),
     )  # fmt: skip
     if shared is not dv:
         dv.copy_(shared.unflatten(2, (v.shape[2], -1)).sum(3))

@@ -120,27 +120,22 @@ def level_factor(h, gates, C: tl.constexpr, EXACT: tl.constexpr, INTERPRET: tl.c
     return tl.exp2(sums(between(h, C), gates, EXACT, INTERPRET))
 
 
-@triton.jit(do_not_specialize=["T", "scale", "groups"])
-def feature_gradients(
-    q_ptr, k_ptr, u_ptr, dy_ptr, dr_ptr, dA_ptr, dW_ptr, beta_ptr, gate_ptr, document_ptr, Ss_ptr, dSs_ptr,
-    dq_ptr, dk_ptr, dbeta_ptr, dgate_ptr,
-    T, scale, groups,
+@triton.jit(do_not_specialize=["T", "scale"])
+def state_gradients(
+    q_ptr, k_ptr, u_ptr, dy_ptr, dr_ptr, beta_ptr, gate_ptr, document_ptr, Ss_ptr, dSs_ptr,
+    dq_part_ptr, dk_part_ptr, dgate_part_ptr, dbeta_ptr,
+    T, scale,
     H: tl.constexpr, H_S: tl.constexpr, F_WIDTH: tl.constexpr, D_WIDTH: tl.constexpr, C: tl.constexpr,
-    X: tl.constexpr, D: tl.constexpr, LEVELS: tl.constexpr, DOCUMENTS: tl.constexpr, EXACT: tl.constexpr,
-    PRECISION: tl.constexpr, INTERPRET: tl.constexpr,
+    X: tl.constexpr, D: tl.constexpr, DOCUMENTS: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
+    INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """dQ, dK, the gradient of the gates and what X channels tell of dβ, of one chunk."""
+    """What states tell of dQ, dK, the gradient of the gates and dβ, of one chunk and X channels; in fp32."""
     slices: tl.constexpr = (F_WIDTH + X - 1) // X
     n, slice_ = tl.program_id(0) // slices, tl.program_id(0) % slices
     first, head, b = slice_ * X, tl.program_id(1), tl.program_id(2).to(tl.int64)
-    operand = tl.float32 if INTERPRET else q_ptr.dtype.element_ty
     row, live = b * T + n * C, T - n * C
+    operand = tl.float32 if INTERPRET else dy_ptr.dtype.element_ty
     at = ((b * H_S + head) * tl.cdiv(T, C) + n) * (F_WIDTH * D_WIDTH)
-    k = load_rows(k_ptr, row, live, head, first, H_S, F_WIDTH, C, X, INTERPRET).to(tl.float32)
-    gates = load_gates(gate_ptr, row, live, head, first, H_S, F_WIDTH, C, X, EXACT)
-    beta = load_each(beta_ptr, row, live, head, H_S, C, 0.0)[:, None]
-    since, until, total = ends(gates, document_ptr, row, live, n * C, C, DOCUMENTS, EXACT, INTERPRET)
-
     recalled, written = tl.zeros([C, X], tl.float32), tl.zeros([C, X], tl.float32)
     across = tl.zeros([X], tl.float32)
     for column in range(0, D_WIDTH, D):
@@ -151,27 +146,18 @@ def feature_gradients(
         recalled = fine(dr, S, recalled, operand, PRECISION, False, True)
         written = fine(u, dS, written, operand, PRECISION, False, True)
         across += tl.sum(S.to(tl.float32) * dS.to(tl.float32), 1)
+    gates = load_gates(gate_ptr, row, live, head, first, H_S, F_WIDTH, C, X, EXACT)
+    since, until, total = ends(gates, document_ptr, row, live, n * C, C, DOCUMENTS, EXACT, INTERPRET)
+    k = load_rows(k_ptr, row, live, head, first, H_S, F_WIDTH, C, X, INTERPRET).to(tl.float32)
+    beta = load_each(beta_ptr, row, live, head, H_S, C, 0.0)[:, None]
     recalled *= since
     written *= until
-    dbeta = -tl.sum(k * recalled, 1)
-    dk = written - recalled * beta
+    # parts of dβ: [slices, B, T, H_S]
+    dbeta_ptr += slice_.to(tl.int64) * tl.num_programs(2) * T * H_S
+    store_each(dbeta_ptr, -tl.sum(k * recalled, 1), row, live, head, H_S, C)
+    store_rows(dk_part_ptr, written - recalled * beta, row, live, head, first, H_S, F_WIDTH, C, X)
     reads = -k * recalled * beta
-    later = strictly_lower(C)
-    dgate = (across * total)[None, :] + sums(tl.where(later, 1.0, 0.0), k * written, EXACT, INTERPRET)
-    dA = load_rows(dA_ptr, row, live, head, 0, H_S, C, C, C, INTERPRET)
-    for level in range(LEVELS):
-        h = 1 << level
-        factor = level_factor(h, gates, C, EXACT, INTERPRET)
-        pairs, key = tl.where(level_pairs(h, C), dA, 0.0), k * factor
-        part = fine(pairs, key, tl.zeros([C, X], tl.float32), operand, PRECISION)
-        dbeta += tl.sum(key * part, 1)
-        part = fine(pairs * beta, key, part * beta, operand, PRECISION, True)
-        dk += part * factor
-        dgate += sums(tl.trans(between(h, C)), key * part, EXACT, INTERPRET)
-    store_each(dbeta_ptr + slice_.to(tl.int64) * tl.num_programs(2) * T * H_S, dbeta, row, live, head, H_S, C)
-
-    same = tl.arange(0, C)[:, None] == tl.arange(0, C)[None, :]
-    for g in range(groups):
+    for g in range(H // H_S):
         query = head * (H // H_S) + g
         dq = tl.zeros([C, X], tl.float32)
         for column in range(0, D_WIDTH, D):
@@ -179,8 +165,55 @@ def feature_gradients(
             S = load_block(Ss_ptr + at, first, column, F_WIDTH, D_WIDTH, X, D, INTERPRET)
             dq = tl.dot(dy, tl.trans(S), dq, input_precision=PRECISION)
         dq *= since * scale
+        store_rows(dq_part_ptr, dq, row, live, query, first, H, F_WIDTH, C, X)
+        reads += dq * load_rows(q_ptr, row, live, query, first, H, F_WIDTH, C, X, INTERPRET).to(tl.float32)
+    later = strictly_lower(C)
+    dgate = (across * total)[None, :] + reads
+    dgate += sums(tl.where(later, 1.0, 0.0), k * written, EXACT, INTERPRET)
+    dgate += sums(tl.where(tl.trans(later), 1.0, 0.0), reads, EXACT, INTERPRET)
+    store_rows(dgate_part_ptr, dgate, row, live, head, first, H_S, F_WIDTH, C, X)
+
+
+@triton.jit(do_not_specialize=["T", "groups"])
+def feature_gradients(
+    q_ptr, k_ptr, dA_ptr, dW_ptr, beta_ptr, gate_ptr, dq_part_ptr, dk_part_ptr, dgate_part_ptr,
+    dq_ptr, dk_ptr, dgate_ptr, dbeta_ptr,
+    T, groups,
+    H: tl.constexpr, H_S: tl.constexpr, F_WIDTH: tl.constexpr, C: tl.constexpr, X: tl.constexpr, LEVELS: tl.constexpr,
+    EXACT: tl.constexpr, PRECISION: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """dQ, dK, the gradient of the gates and what X channels tell of dβ: what states tell, and pairs of one chunk."""
+    slices: tl.constexpr = (F_WIDTH + X - 1) // X
+    n, slice_ = tl.program_id(0) // slices, tl.program_id(0) % slices
+    first, head, b = slice_ * X, tl.program_id(1), tl.program_id(2).to(tl.int64)
+    row, live = b * T + n * C, T - n * C
+    operand = tl.float32 if INTERPRET else q_ptr.dtype.element_ty
+    gates = load_gates(gate_ptr, row, live, head, first, H_S, F_WIDTH, C, X, EXACT)
+    k = load_rows(k_ptr, row, live, head, first, H_S, F_WIDTH, C, X, INTERPRET).to(tl.float32)
+    dk = load_rows(dk_part_ptr, row, live, head, first, H_S, F_WIDTH, C, X, INTERPRET)
+    dgate = load_rows(dgate_part_ptr, row, live, head, first, H_S, F_WIDTH, C, X, INTERPRET)
+    dA = load_rows(dA_ptr, row, live, head, 0, H_S, C, C, C, INTERPRET)
+    beta = load_each(beta_ptr, row, live, head, H_S, C, 0.0)[:, None]
+    dbeta = tl.zeros([C], tl.float32)
+    for level in range(LEVELS):
+        h = 1 << level
+        factor = level_factor(h, gates, C, EXACT, INTERPRET)
+        pairs, key = tl.where(level_pairs(h, C), dA, 0.0), k * factor
+        part = fine(pairs, key, tl.zeros([C, X], tl.float32), operand, PRECISION)
+        dbeta += tl.sum(key * part, 1)
+        part *= beta
+        part = fine(pairs * beta, key, part, operand, PRECISION, True)
+        dk += part * factor
+        dgate += sums(tl.trans(between(h, C)), key * part, EXACT, INTERPRET)
+    # parts of dβ: [slices, B, T, H_S]
+    dbeta_ptr += slice_.to(tl.int64) * tl.num_programs(2) * T * H_S
+    store_each(dbeta_ptr, dbeta, row, live, head, H_S, C)
+
+    same = tl.arange(0, C)[:, None] == tl.arange(0, C)[None, :]
+    for g in range(groups):
+        query = head * (H // H_S) + g
         q = load_rows(q_ptr, row, live, query, first, H, F_WIDTH, C, X, INTERPRET).to(tl.float32)
-        reads += q * dq
+        dq = load_rows(dq_part_ptr, row, live, query, first, H, F_WIDTH, C, X, INTERPRET)
         dW = load_rows(dW_ptr, row, live, query, 0, H, C, C, C, INTERPRET)
         own = tl.sum(tl.where(same, dW, 0.0), 1)[:, None]
         dq += own * k
@@ -190,11 +223,11 @@ def feature_gradients(
             factor = level_factor(h, gates, C, EXACT, INTERPRET)
             pairs = tl.where(level_pairs(h, C), dW, 0.0)
             part = fine(pairs, k * factor, tl.zeros([C, X], tl.float32), operand, PRECISION) * factor
-            back = fine(pairs, q * factor, tl.zeros([C, X], tl.float32), operand, PRECISION, True) * factor
             dq += part
-            dk += back
-            dgate += sums(tl.trans(between(h, C)), q * part + k * back, EXACT, INTERPRET)
+            crossed = q * part
+            part = fine(pairs, q * factor, tl.zeros([C, X], tl.float32), operand, PRECISION, True) * factor
+            dk += part
+            dgate += sums(tl.trans(between(h, C)), crossed + k * part, EXACT, INTERPRET)
         store_rows(dq_ptr, dq, row, live, query, first, H, F_WIDTH, C, X)
     store_rows(dk_ptr, dk, row, live, head, first, H_S, F_WIDTH, C, X)
-    dgate += sums(tl.where(tl.trans(later), 1.0, 0.0), reads, EXACT, INTERPRET) + reads
     store_rows(dgate_ptr, dgate, row, live, head, first, H_S, F_WIDTH, C, X)

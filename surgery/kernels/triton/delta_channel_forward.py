@@ -134,7 +134,6 @@ def state_sweep(
     for n in range(chunks):
         row, live, at = b * T + n * C, T - n * C, (b * H_S + head) * chunks + n
         k_since = load_rows(k_since_ptr, row, live, head, 0, H_S, F_WIDTH, C, F, INTERPRET)
-        k_until = load_rows(k_until_ptr, row, live, head, 0, H_S, F_WIDTH, C, F, INTERPRET)
         v = load_rows(v_ptr, row, live, head // (H_S // H_KV), first, H_KV, D_WIDTH, C, D, INTERPRET)
         inverse_ = load_rows(solution_ptr, row, live, head, 0, H_S, C, C, C, INTERPRET)
         beta = load_each(beta_ptr, row, live, head, H_S, C, 0.0)
@@ -144,6 +143,7 @@ def state_sweep(
         rest = (v.to(tl.float32) - recall) * beta[:, None]
         u = fine(inverse_, rest, rest, operand, PRECISION)
         store_rows(u_ptr, u, row, live, head, first, H_S, D_WIDTH, C, D)
+        k_until = load_rows(k_until_ptr, row, live, head, 0, H_S, F_WIDTH, C, F, INTERPRET)
         S = fine(k_until, u, S * total[:, None], operand, PRECISION, True)
     store_state(S_after_ptr, S, b * H_S + head, first, D_WIDTH, 1, F_WIDTH, D_WIDTH, F, D)
 
