@@ -78,7 +78,7 @@ def test_shared_heads(heads, packed):
     assert error(draw(20, heads), segments=segments) < 1e-5
 
 
-@pytest.mark.parametrize(("features", "columns"), [(12, 32), (40, 5)])
+@pytest.mark.parametrize(("features", "columns"), [(12, 70), (80, 5)])
 @pytest.mark.parametrize("packed", [False, True])
 def test_widths(features, columns, packed):
     """Padded ones, and those cut into several programs."""

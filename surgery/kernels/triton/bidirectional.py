@@ -83,22 +83,22 @@ class Call(NamedTuple):
     def told_sums(self, queries: bool) -> dict[str, Any]:
         f, x = self.wide(self.k.shape[3]), self.cut(self.v.shape[3])
         heads = (self.q if queries else self.v).shape[2]
-        told = self.told(f * x, F=f, X=x, QUERIES=queries, H_B=heads)
+        told = self.told((1 + queries) * f * x, F=f, X=x, QUERIES=queries, H_B=heads)
         return told if queries else told | {"H": self.k.shape[2]}
 
     def told_outputs(self) -> dict[str, Any]:
         f, x = self.wide(self.k.shape[3]), self.cut(self.v.shape[3])
-        return self.told(f * x, F=f, X=x, H_KV=self.v.shape[2])
+        return self.told(f * x, F=f, X=x, P=min(f, 64), H_KV=self.v.shape[2])
 
     def told_queries(self) -> dict[str, Any]:
         d, f = self.wide(self.v.shape[3]), self.k.shape[3]
         x = self.cut(f, 128 if max(self.wide(f), d) <= 128 and self.start is None else 64)
-        return self.told(d * x, D=d, X=x, H_KV=self.v.shape[2])
+        return self.told(d * x, D=d, X=x, P=min(d, 64), H_KV=self.v.shape[2])
 
     def told_keys(self, keys: bool) -> dict[str, Any]:
         a, x = (self.v, self.k) if keys else (self.k, self.v)
         width, x_width = self.wide(a.shape[3]), self.cut(x.shape[3])
-        return self.told(width * x_width, A=width, X=x_width, KEYS=keys, H_A=a.shape[2])
+        return self.told(width * x_width, A=width, X=x_width, P=min(width, 64), KEYS=keys, H_A=a.shape[2])
 
     def sum(self, a: Tensor, b: Tensor, *gradient: Tensor) -> Tensor:
         """[B, states, H_s, size] fp32. gradient: of queries, their mass, share and state."""

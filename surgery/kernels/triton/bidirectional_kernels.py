@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tiles import load_each, load_rows, load_state, rest, store_each, store_rows, store_state
+from .tiles import load_each, load_rows, rest, store_each, store_rows, store_state
 
 # stands for nothing where there is a quotient
 LEAST = tl.constexpr(1e-30)
@@ -85,13 +85,30 @@ def state_at(ptr, b, n, head, STATES, HEADS: tl.constexpr, F_WIDTH: tl.constexpr
 
 @triton.jit
 def load_S(
-    ptr, first, TRANSPOSED: tl.constexpr, F_WIDTH: tl.constexpr, D_WIDTH: tl.constexpr, A: tl.constexpr,
+    ptr, low, first, TRANSPOSED: tl.constexpr, F_WIDTH: tl.constexpr, D_WIDTH: tl.constexpr, A: tl.constexpr,
     X: tl.constexpr,
 ):  # fmt: skip
-    """[A, X]: columns first … of an S or, if TRANSPOSED, of Sᵀ."""
+    """[A, X]: rows low … and columns first … of an S or, if TRANSPOSED, of Sᵀ."""
+    a, x = low + tl.arange(0, A)[:, None], first + tl.arange(0, X)[None, :]
     if TRANSPOSED:
-        return load_state(ptr, 0, first, 1, D_WIDTH, D_WIDTH, F_WIDTH, A, X)
-    return load_state(ptr, 0, first, D_WIDTH, 1, F_WIDTH, D_WIDTH, A, X)
+        at, inside = x * D_WIDTH + a, (a < D_WIDTH) & (x < F_WIDTH)
+    else:
+        at, inside = a * D_WIDTH + x, (a < F_WIDTH) & (x < D_WIDTH)
+    return tl.load(ptr + at, mask=inside, other=0.0)
+
+
+@triton.jit
+def pair_scores(
+    a_ptr, b_ptr, row, rows, head, b_head, pairs, HEADS: tl.constexpr, B_HEADS: tl.constexpr, WIDTH: tl.constexpr,
+    C: tl.constexpr, A: tl.constexpr, P: tl.constexpr, PRECISION: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """a bᵀ of the pairs of a tile [C, C], P of their A columns at a time."""
+    scores = tl.zeros([C, C], tl.float32)
+    for low in range(0, A, P):
+        a = load_rows(a_ptr, row, rows, head, low, HEADS, WIDTH, C, P, INTERPRET)
+        b = load_rows(b_ptr, row, rows, b_head, low, B_HEADS, WIDTH, C, P, INTERPRET)
+        scores = tl.dot(a, tl.trans(b), scores, input_precision=PRECISION)
+    return tl.where(pairs, scores, 0.0)
 
 
 @triton.jit
@@ -171,7 +188,7 @@ def outputs(
     q_ptr, k_ptr, v_ptr, valid_ptr, start_ptr, end_ptr, state_ptr, y_ptr, mass_ptr,
     T, tiles, eps,
     H: tl.constexpr, H_S: tl.constexpr, H_KV: tl.constexpr, F_WIDTH: tl.constexpr, D_WIDTH: tl.constexpr,
-    C: tl.constexpr, F: tl.constexpr, X: tl.constexpr, MASK: tl.constexpr, DOCUMENTS: tl.constexpr,
+    C: tl.constexpr, F: tl.constexpr, X: tl.constexpr, P: tl.constexpr, MASK: tl.constexpr, DOCUMENTS: tl.constexpr,
     PRECISION: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """y of some tiles (with documents, of one) of all query heads that share a state, X columns per program, and what
@@ -185,26 +202,29 @@ def outputs(
         side, pairs = documents(start_ptr, end_ptr, b, lowest, T, C)
     else:
         state = state_at(state_ptr, b, 0, head, 1, H_S, F_WIDTH, D_WIDTH)
-        S, z = load_S(state, first, False, F_WIDTH, D_WIDTH, F, X), load_z(state, 0, F_WIDTH, D_WIDTH, F)
+        S, z = load_S(state, 0, first, False, F_WIDTH, D_WIDTH, F, X), load_z(state, 0, F_WIDTH, D_WIDTH, F)
     for step in range(groups if DOCUMENTS else tl.minimum(tiles, chunks - lowest) * groups):
         n, query = lowest + step // groups, head * groups + step % groups
         row = b * T + n * C
         live = real_rows(valid_ptr, row, n * C, 0, T, MASK, C)
         rows = rows_of(live, C)
-        q = load_rows(q_ptr, row, rows, query, 0, H, F_WIDTH, C, F, INTERPRET)
         if DOCUMENTS:
-            k = load_rows(k_ptr, row, rows, head, 0, H_S, F_WIDTH, C, F, INTERPRET)
+            scores = pair_scores(
+                q_ptr, k_ptr, row, rows, query, head, pairs, H, H_S, F_WIDTH, C, F, P, PRECISION, INTERPRET
+            )  # fmt: skip
             v = load_rows(v_ptr, row, rows, head // (H_S // H_KV), first, H_KV, D_WIDTH, C, X, INTERPRET)
-            scores = tl.where(pairs, tl.dot(q, tl.trans(k), input_precision=PRECISION), 0.0)
             y, mass = exactly(scores, v, tl.zeros([C, X], tl.float32), PRECISION), tl.sum(scores, 1)
-            for i in range(2):
-                state = state_at(state_ptr, b, which(start_ptr, b, n, i, T, C), head, chunks, H_S, F_WIDTH, D_WIDTH)
-                S, z = load_S(state, first, False, F_WIDTH, D_WIDTH, F, X), load_z(state, 0, F_WIDTH, D_WIDTH, F)
-                mine = rows_of(live & (side == i), C)
-                some = load_rows(q_ptr, row, mine, query, 0, H, F_WIDTH, C, F, INTERPRET)
-                y += times(some, S, PRECISION)
-                mass += tl.sum(some.to(tl.float32) * z[None, :], 1)
+            for i in range(2 * (F // P)):
+                at, low = which(start_ptr, b, n, i % 2, T, C), i // 2 * P
+                state = state_at(state_ptr, b, at, head, chunks, H_S, F_WIDTH, D_WIDTH)
+                S = load_S(state, low, first, False, F_WIDTH, D_WIDTH, P, X)
+                z = load_z(state, low, F_WIDTH, D_WIDTH, P)
+                mine = rows_of(live & (side == i % 2), C)
+                q = load_rows(q_ptr, row, mine, query, low, H, F_WIDTH, C, P, INTERPRET)
+                y += times(q, S, PRECISION)
+                mass += tl.sum(q.to(tl.float32) * z[None, :], 1)
         else:
+            q = load_rows(q_ptr, row, rows, query, 0, H, F_WIDTH, C, F, INTERPRET)
             y, mass = times(q, S, PRECISION), tl.sum(q.to(tl.float32) * z[None, :], 1)
         mass = tl.where(live, mass + eps, 1.0)
         store_rows(y_ptr, y / mass[:, None], row, T - n * C, query, first, H, D_WIDTH, C, X)
@@ -217,7 +237,7 @@ def query_gradients(
     dy_ptr, q_ptr, k_ptr, v_ptr, valid_ptr, start_ptr, end_ptr, state_ptr, mass_ptr, dq_ptr, share_ptr,
     T, tiles,
     H: tl.constexpr, H_S: tl.constexpr, H_KV: tl.constexpr, F_WIDTH: tl.constexpr, D_WIDTH: tl.constexpr,
-    C: tl.constexpr, D: tl.constexpr, X: tl.constexpr, MASK: tl.constexpr, DOCUMENTS: tl.constexpr,
+    C: tl.constexpr, D: tl.constexpr, X: tl.constexpr, P: tl.constexpr, MASK: tl.constexpr, DOCUMENTS: tl.constexpr,
     PRECISION: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """dq_i = (dy_i Sᵀ - (dy_i·y_i) z) / mass_i of some tiles, X columns at a time, and share_i = -(dy_i·y_i) / mass_i.
@@ -232,17 +252,20 @@ def query_gradients(
     if DOCUMENTS:
         side, pairs = documents(start_ptr, end_ptr, b, lowest, T, C)
     elif slices == 1:
-        S, z = load_S(state, 0, True, F_WIDTH, D_WIDTH, D, X), load_z(state, 0, F_WIDTH, D_WIDTH, X)
+        S, z = load_S(state, 0, 0, True, F_WIDTH, D_WIDTH, D, X), load_z(state, 0, F_WIDTH, D_WIDTH, X)
     for step in range(groups if DOCUMENTS else tl.minimum(tiles, chunks - lowest) * groups):
         n, query = lowest + step // groups, head * groups + step % groups
         row = b * T + n * C
         live = real_rows(valid_ptr, row, n * C, 0, T, MASK, C)
         rows = rows_of(live, C)
-        dy = load_rows(dy_ptr, row, rows, query, 0, H, D_WIDTH, C, D, INTERPRET)
         mass = load_each(mass_ptr, row, T - n * C, query, H, C, 1.0)
         if DOCUMENTS:
-            v = load_rows(v_ptr, row, rows, head // (H_S // H_KV), 0, H_KV, D_WIDTH, C, D, INTERPRET)
-            scores = tl.where(pairs, tl.dot(dy, tl.trans(v), input_precision=PRECISION), 0.0)
+            v_head = head // (H_S // H_KV)
+            scores = pair_scores(
+                dy_ptr, v_ptr, row, rows, query, v_head, pairs, H, H_KV, D_WIDTH, C, D, P, PRECISION, INTERPRET
+            )  # fmt: skip
+        else:
+            dy = load_rows(dy_ptr, row, rows, query, 0, H, D_WIDTH, C, D, INTERPRET)
         mean = tl.zeros([C], tl.float32)
         # where columns are many, all of them twice: the first turn knows no mean yet, and the second overwrites it
         for turn in range(2 * slices if slices > 1 else 1):
@@ -251,17 +274,20 @@ def query_gradients(
                 k = load_rows(k_ptr, row, rows, head, first, H_S, F_WIDTH, C, X, INTERPRET)
                 dq = exactly(scores, k, tl.zeros([C, X], tl.float32), PRECISION)
                 z_rows = tl.dot(tl.where(pairs, 1.0, 0.0).to(k.dtype), k, input_precision=PRECISION)
-                for i in range(2):
-                    at = which(start_ptr, b, n, i, T, C)
+                for i in range(2 * (D // P)):
+                    at, low = which(start_ptr, b, n, i % 2, T, C), i // 2 * P
                     state = state_at(state_ptr, b, at, head, chunks, H_S, F_WIDTH, D_WIDTH)
-                    S, z = load_S(state, first, True, F_WIDTH, D_WIDTH, D, X), load_z(state, first, F_WIDTH, D_WIDTH, X)
-                    mine = live & (side == i)
-                    some = load_rows(dy_ptr, row, rows_of(mine, C), query, 0, H, D_WIDTH, C, D, INTERPRET)
-                    dq += times(some, S, PRECISION)
-                    z_rows += tl.where(mine[:, None], z[None, :], 0.0)
+                    S = load_S(state, low, first, True, F_WIDTH, D_WIDTH, P, X)
+                    mine = live & (side == i % 2)
+                    dy = load_rows(dy_ptr, row, rows_of(mine, C), query, low, H, D_WIDTH, C, P, INTERPRET)
+                    dq += times(dy, S, PRECISION)
+                    if low == 0:
+                        z = load_z(state, first, F_WIDTH, D_WIDTH, X)
+                        z_rows += tl.where(mine[:, None], z[None, :], 0.0)
             else:
                 if slices > 1:
-                    S, z = load_S(state, first, True, F_WIDTH, D_WIDTH, D, X), load_z(state, first, F_WIDTH, D_WIDTH, X)
+                    S = load_S(state, 0, first, True, F_WIDTH, D_WIDTH, D, X)
+                    z = load_z(state, first, F_WIDTH, D_WIDTH, X)
                 dq, z_rows = times(dy, S, PRECISION), tl.zeros([C, X], tl.float32) + z[None, :]
             q = load_rows(q_ptr, row, rows, query, first, H, F_WIDTH, C, X, INTERPRET)
             mean += tl.where(turn < slices, tl.sum(q.to(tl.float32) * dq, 1) / mass, 0.0)
@@ -275,7 +301,7 @@ def key_gradients(
     a_ptr, b_ptr, c_ptr, valid_ptr, start_ptr, end_ptr, dstate_ptr, mass_ptr, share_ptr, out_ptr,
     T, tiles,
     H: tl.constexpr, H_S: tl.constexpr, H_A: tl.constexpr, F_WIDTH: tl.constexpr, D_WIDTH: tl.constexpr,
-    C: tl.constexpr, A: tl.constexpr, X: tl.constexpr, KEYS: tl.constexpr, MASK: tl.constexpr,
+    C: tl.constexpr, A: tl.constexpr, X: tl.constexpr, P: tl.constexpr, KEYS: tl.constexpr, MASK: tl.constexpr,
     DOCUMENTS: tl.constexpr, PRECISION: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """dk_j = v_j dSᵀ + dz (KEYS, from v, dy, q) or dv_j = k_j dS (from k, q, dy) of some tiles, X columns a program."""
@@ -290,32 +316,37 @@ def key_gradients(
         side, pairs = documents(start_ptr, end_ptr, b, lowest, T, C)
     else:
         state = state_at(dstate_ptr, b, 0, head, 1, H_S, F_WIDTH, D_WIDTH)
-        dS, dz = load_S(state, first, KEYS, F_WIDTH, D_WIDTH, A, X), load_z(state, first, F_WIDTH, D_WIDTH, X)
+        dS, dz = load_S(state, 0, first, KEYS, F_WIDTH, D_WIDTH, A, X), load_z(state, first, F_WIDTH, D_WIDTH, X)
     for step in range(1 if DOCUMENTS else tl.minimum(tiles, chunks - lowest)):
         n = lowest + step
         row = b * T + n * C
         live = real_rows(valid_ptr, row, n * C, 0, T, MASK, C)
         rows = rows_of(live, C)
-        a = load_rows(a_ptr, row, rows, head // (H_S // H_A), 0, H_A, A_WIDTH, C, A, INTERPRET)
+        a_head = head // (H_S // H_A)
         if DOCUMENTS:
             out = tl.zeros([C, X], tl.float32)
             for query in range(head * groups, (head + 1) * groups):
-                other = load_rows(b_ptr, row, rows, query, 0, H, A_WIDTH, C, A, INTERPRET)
-                scores = tl.dot(a, tl.trans(other), input_precision=PRECISION)
+                scores = pair_scores(
+                    a_ptr, b_ptr, row, rows, a_head, query, pairs, H_A, H, A_WIDTH, C, A, P, PRECISION, INTERPRET
+                )  # fmt: skip
                 scores /= load_each(mass_ptr, row, T - n * C, query, H, C, 1.0)[None, :]
                 if KEYS:
-                    scores += load_each(share_ptr, row, T - n * C, query, H, C, 0.0)[None, :]
+                    share = load_each(share_ptr, row, T - n * C, query, H, C, 0.0)
+                    scores += tl.where(pairs, share[None, :], 0.0)
                 c = load_rows(c_ptr, row, rows, query, first, H, X_WIDTH, C, X, INTERPRET)
-                out = exactly(tl.where(pairs, scores, 0.0), c, out, PRECISION)
-            for i in range(2):
-                state = state_at(dstate_ptr, b, which(start_ptr, b, n, i, T, C), head, chunks, H_S, F_WIDTH, D_WIDTH)
-                dS, dz = load_S(state, first, KEYS, F_WIDTH, D_WIDTH, A, X), load_z(state, first, F_WIDTH, D_WIDTH, X)
-                mine = live & (side == i)
-                some = load_rows(a_ptr, row, rows_of(mine, C), head // (H_S // H_A), 0, H_A, A_WIDTH, C, A, INTERPRET)
-                out += times(some, dS, PRECISION)
-                if KEYS:
+                out = exactly(scores, c, out, PRECISION)
+            for i in range(2 * (A // P)):
+                at, low = which(start_ptr, b, n, i % 2, T, C), i // 2 * P
+                state = state_at(dstate_ptr, b, at, head, chunks, H_S, F_WIDTH, D_WIDTH)
+                dS = load_S(state, low, first, KEYS, F_WIDTH, D_WIDTH, P, X)
+                mine = live & (side == i % 2)
+                a = load_rows(a_ptr, row, rows_of(mine, C), a_head, low, H_A, A_WIDTH, C, P, INTERPRET)
+                out += times(a, dS, PRECISION)
+                if KEYS and low == 0:
+                    dz = load_z(state, first, F_WIDTH, D_WIDTH, X)
                     out += tl.where(mine[:, None], dz[None, :], 0.0)
         else:
+            a = load_rows(a_ptr, row, rows, a_head, 0, H_A, A_WIDTH, C, A, INTERPRET)
             out = times(a, dS, PRECISION)
             if KEYS:
                 out += dz[None, :]
