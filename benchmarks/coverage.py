@@ -201,8 +201,8 @@ and `revert` give the softmax model back, bit for bit; saving and loading change
 
 | denoiser | notes |
 |---|---|
-| `UNet2DConditionModel`, `UNet2DModel`, `ControlNetModel` | cross-attention stays; make ControlNets of UNets before |
-| `DiTTransformer2DModel`, `PixArtTransformer2DModel` | |
+| UNets: `UNet2DConditionModel`, `UNet2DModel`, `ControlNetModel` | make ControlNets of UNets before |
+| transformers: `DiTTransformer2DModel`, `PixArtTransformer2DModel` | |
 | SD3, Flux and others with joint attention | refused: text and image tokens attend to each other in one softmax |
 
 ## Causal language models

@@ -101,9 +101,11 @@ def __getattr__(name: str) -> Any:
 
 
 @functools.cache
-def surgical_class(cls: type) -> type:
+def surgical_class(cls: Any) -> type:
     """What a denoiser of this class is while it is converted."""
-    return type(f"{PREFIX}{cls.__name__}", (SurgicalDenoiser, cls), {"__module__": __name__, "__doc__": cls.__doc__})
+    keep = [*(cls._keep_in_fp32_modules or []), "mixer"]
+    own = {"__module__": __name__, "__doc__": cls.__doc__, "_keep_in_fp32_modules": keep}
+    return type(f"{PREFIX}{cls.__name__}", (SurgicalDenoiser, cls), own)
 
 
 def original(cls: type) -> type:

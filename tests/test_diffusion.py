@@ -200,6 +200,39 @@ def test_refusals():
     assert model.state_dict().keys() == state.keys() and torch.equal(run(model, given), wanted)
 
 
+def test_processors_that_do_more_are_not_dropped_in_silence():
+    class Mine(diffusers.models.attention_processor.AttnProcessor2_0):
+        pass
+
+    model, given = surgery.apply(build(), RECIPE), inputs()
+    model.set_attn_processor(Mine())
+    with pytest.raises(surgery.SurgeryError, match="was given a Mine"):
+        run(model, given)
+    with surgery.mode(model, "teacher"):
+        assert torch.equal(run(model, given), run(build(), given))
+    model.set_attn_processor(diffusers.models.attention_processor.AttnProcessor2_0())
+    assert torch.isfinite(run(model, given)).all()
+    other = build()
+    other.set_attn_processor(Mine())
+    with pytest.raises(surgery.UnsupportedModelError, match="processor Mine"):
+        surgery.apply(other, RECIPE)
+
+
+def test_beside_other_models():
+    class Both(torch.nn.Module):
+        def __init__(self, **parts):
+            super().__init__()
+            for name, part in parts.items():
+                setattr(self, name, part)
+
+    # an autoencoder has attention, but is none
+    autoencoder = diffusers.AutoencoderKL(block_out_channels=(8,), norm_num_groups=8)
+    both = surgery.apply(Both(unet=build(), vae=autoencoder), RECIPE)
+    assert all(path.startswith("unet.") for path in converted_layers(both))
+    with pytest.raises(surgery.UnsupportedModelError, match=r"surgery.apply\(module.first, recipe\)"):
+        surgery.apply(Both(first=build(), second=build("dit")), RECIPE)
+
+
 def test_attention_weights_cannot_be_compared():
     recipe = surgery.load_recipe(RECIPE).to_dict()
     stage = {"kind": "attention_transfer", "loss": {"cross_entropy": 1}, "tokens": 1, "lr": 1e-3}

@@ -42,7 +42,7 @@ class Denoising(Surgical):
         """[B, T, C] or [B, C, height, width] to the same.
 
         Raises:
-            SurgeryError: there is a mask, or something else to attend to.
+            SurgeryError: there is a mask, or something else to attend to, or a processor that does more than attention.
         """
         if self.surgery_switch.mode == "teacher":
             return super(Surgical, self).forward(hidden_states, encoder_hidden_states, attention_mask, **kwargs)
@@ -51,6 +51,11 @@ class Denoising(Surgical):
             raise SurgeryError(
                 f"{self.surgery_path} was given {problem}, and tokens of a converted denoiser see all of an image: "
                 "leave it out, or leave the layer unconverted (layers=...)"
+            )
+        if type(self.processor).__name__ not in PLAIN:
+            raise SurgeryError(
+                f"{self.surgery_path} was given a {type(self.processor).__name__}, which a mixer does not run: call "
+                "set_attn_processor(AttnProcessor2_0()), or leave the layer unconverted (layers=...)"
             )
         self._surgery_hook()
         residual, tokens = hidden_states, hidden_states
@@ -132,12 +137,13 @@ def _site(path: str, module: Any, layer: int, layers: int) -> Site:
             f"{path} has fused projections, and mixers are put between separate ones: call "
             "unfuse_qkv_projections() first"
         )
-    if processor not in PLAIN or module.is_causal:
-        what = "is causal" if processor in PLAIN else f"has the processor {processor}"
+    if processor not in PLAIN:
         raise UnsupportedModelError(
-            f"{path} {what}, whose attention is not that of images: call set_default_attn_processor() first, or leave "
-            "the model as it is"
+            f"{path} has the processor {processor}, which does more than attention: if it may go, call "
+            "set_attn_processor(AttnProcessor2_0()) first"
         )
+    if module.is_causal:
+        raise UnsupportedModelError(f"{path} is causal, and the tokens of an image see each other on both sides")
     if "forward" in module.__dict__ and not hasattr(module, "_hf_hook"):
         raise UnsupportedModelError(
             f"the forward of {path} was replaced on the instance (by another library?): apply surgery before that patch"
