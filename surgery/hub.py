@@ -25,7 +25,7 @@ from .errors import SurgeryError
 from .patchers.diffusion import is_denoiser
 from .patchers.families import FAMILIES, WRAPPERS
 from .patchers.interface import BIDIRECTIONAL, IMPLEMENTATION, converted_layers
-from .patchers.sites import MODEL_TYPE_PREFIX, SEE, find_family
+from .patchers.sites import MODEL_TYPE_PREFIX, SEE, find_family, refuse_shares
 from .recipe import Recipe, load_recipe
 
 FORMAT = 1
@@ -78,6 +78,7 @@ class SurgicalModel:
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        refuse_shares(model)
         if added := sorted(key for key in info["unexpected_keys"] if adapters.is_adapter(key)):
             raise SurgeryError(
                 f"the checkpoint holds adapters (e.g. {added[0]}) and does not say how they were made: load it into "

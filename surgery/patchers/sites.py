@@ -104,6 +104,7 @@ def find_sites(model: nn.Module, causal: bool = True) -> list[Site]:
             f"this {name} is already converted (to {converted.mixer.describe()}): call surgery.revert(model) first, or "
             "load the original again"
         )
+    refuse_shares(model)
     if diffusion.is_denoiser(model):
         if causal:
             raise UnsupportedModelError(f"{name} {NO_DECODER}")
@@ -128,6 +129,25 @@ def find_sites(model: nn.Module, causal: bool = True) -> list[Site]:
         shape = _shape(path, module, family, text or module.config, causal, len(sites), len(chosen))
         sites.append(Site(path, module, family, shape))
     return sites
+
+
+def refuse_shares(model: nn.Module) -> None:
+    """
+    Raises:
+        UnsupportedModelError: this process has only a part of the weights that mixers are made to go with, by
+            transformers' tp_plan or by DeepSpeed.
+    """
+    devices = getattr(model, "_tp_size", None) or 1
+    if devices > 1:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is under a tensor-parallel plan, by which {devices} devices have some heads each, "
+            "and mixers are made for all: load it without tp_plan, and use DDP or FSDP2"
+        )
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        raise UnsupportedModelError(
+            f"DeepSpeed's ZeRO-3 has shared out the weights of {type(model).__name__} already: load and convert it "
+            "before TrainingArguments(deepspeed=...) are made, or outside of deepspeed.zero.Init"
+        )
 
 
 def has_softmax(model: PreTrainedModel) -> bool:

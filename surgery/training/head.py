@@ -68,6 +68,11 @@ def head_of(model: PreTrainedModel) -> Head:
             "distillation needs the LM head while it is shared out: call fully_shard(model, "
             "reshard_after_forward=False), which keeps it gathered from the model's forward on"
         )
+    if hasattr(module.weight, "ds_id"):
+        raise SurgeryError(
+            "distillation reads the LM head apart from the model, and DeepSpeed's ZeRO-3 has it there for the model's "
+            "own forward alone: use ZeRO-2, DDP or FSDP2"
+        )
     config = model.config.get_text_config(decoder=True)
     scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
     return Head(module.weight, module.bias, scale, getattr(config, "final_logit_softcapping", None))
