@@ -106,7 +106,7 @@ def decayed(backend: str, normalize: bool = False) -> Function:
 
 
 def both_directions(backend: str) -> Function:
-    return lambda q, k, v: getattr(kernels.bidirectional_attention, backend)(q, k, v, **IDENTITY)
+    return partial(kernels.backend(backend)(kernels.bidirectional_attention), **IDENTITY)
 
 
 def windowed(backend: str) -> Function:

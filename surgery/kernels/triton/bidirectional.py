@@ -17,6 +17,7 @@ from .. import chunked
 from .. import features as maps
 from ..chunked.tiles import masked
 from ..chunked.transfer import ranks
+from ..dispatch import forced
 from ..specs import Features
 from . import hedgehog
 from .bidirectional_kernels import key_gradients, outputs, query_gradients, sums
@@ -251,7 +252,8 @@ def bidirectional_attention(
 ) -> Tensor:
     """See the reference. Features are rounded to q's dtype."""
     options: dict[str, Any] = {"eps": eps, "mask": mask, "segments": segments}
-    if q.dtype.itemsize <= 4 and v.shape[-1] <= WIDEST:
+    # these kernels have not run on a GPU yet: by default plain torch, until they have
+    if q.dtype.itemsize <= 4 and v.shape[-1] <= WIDEST and (INTERPRET or forced()):
         require_gpu(q)
         phi_q, phi_k = _mapped(features_q, q, mask), _mapped(features_k, k.to(q.dtype), mask)
         if phi_k.shape[-1] <= WIDEST:
