@@ -34,11 +34,12 @@ SINGLE += ("state_ptr", "dstate_ptr", "share_ptr")
 SINGLE += ("dq_part_ptr", "dk_part_ptr", "dgate_part_ptr")
 SCALARS = {"scale": "fp32", "eps": "fp32"}
 SCALARS |= dict.fromkeys(("T", "stride_a", "stride_x", "span", "groups", "tiles"), "i32")
-FASTEST, UNTUNED, UNTRIED, RARE = (
+FASTEST, UNTUNED, UNTRIED, RARE, OLDER = (
     "more warps or narrower tiles spill less and are slower on an H100: benchmarks/results/tune.json",
     "right on an H100, not tuned there yet",
     "not tried on a GPU yet",
     "only chunks that decay by more than 2^-128 come here",
+    "on sm_80 and sm_89 alone",
 )
 ALLOWED: dict[str, tuple[int, str]] = {
     # of gated and linear attention and the delta rule; those of y and dv hold for all kinds of gates
@@ -49,7 +50,7 @@ ALLOWED: dict[str, tuple[int, str]] = {
     "kda states": (250, UNTRIED), "kda dqk": (3000, UNTRIED),
     "far y": (10**6, RARE), "far dqk": (10**6, RARE), "far dv": (10**6, RARE), "far logits": (10**6, RARE),
     # of both directions
-    "packed dq": (300, UNTUNED),
+    "packed y": (200, OLDER), "packed dq": (600, OLDER), "packed dk": (200, OLDER), "packed dv": (200, OLDER),
     # of windows and hybrids
     "tile_outputs": (100, FASTEST), "query_gradients": (1100, FASTEST), "feature_gradients": (500, FASTEST),
     "key_gradients": (1000, FASTEST), "sink_gradients": (900, UNTUNED),

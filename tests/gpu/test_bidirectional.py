@@ -100,7 +100,8 @@ def test_operation_takes_what_mixers_give():
                 "features_q": Features("hedgehog", weight_q),
                 "features_k": Features("hedgehog", weight_k),
             }
-            y = getattr(kernels.bidirectional_attention, backend)(q, k, v, **features, **options)
+            with kernels.backend(backend):
+                y = kernels.bidirectional_attention(q, k, v, **features, **options)
             return (y if options.get("mask") is None else y * options["mask"][:, :, None, None],)
 
         return function
