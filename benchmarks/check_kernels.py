@@ -72,7 +72,7 @@ class Variant(NamedTuple):
     options: dict[str, Any]
 
 
-def variants(features: int, columns: int, groups: int, gate: int, normalize: bool) -> Iterator[Variant]:
+def variants(features: int, columns: int, groups: int, gate: int, normalize: bool, arch: int) -> Iterator[Variant]:
     """The four sweeps of one kind of attention, everything optional switched on."""
     heads = {"H": 8 * groups, "H_S": 8}
     flags = {"GATE": gate, "DOCUMENTS": True, "NORMALIZE": normalize, "PRECISION": "ieee", "INTERPRET": False}
@@ -80,7 +80,7 @@ def variants(features: int, columns: int, groups: int, gate: int, normalize: boo
     widths = {"F_WIDTH": features, "D_WIDTH": columns, "H_KV": 8}
 
     def sized(kind: str, score: int, output: int, names: tuple[str, str]) -> tuple[dict[str, int], dict[str, int]]:
-        chunk, cut, warps, stages = config(kind, score, output, 16)
+        chunk, cut, warps, stages = config(kind, score, output, 16, arch)
         return {"C": chunk, names[0]: padded(score), names[1]: cut}, {"num_warps": warps, "num_stages": stages}
 
     sizes, options = sized(NORMALIZED if normalize else PLAIN, features, columns, ("F", "D"))
@@ -194,12 +194,12 @@ def judge(kernel: Any, arch: int, name: str) -> tuple[str, list[str]]:
     return f"{registers:9d} {spills:6d} {shared / 1024:6.0f} {product:>6}", wrong
 
 
-def found(features: int, columns: int, groups: int, gate: int, normalize: bool) -> Iterator[Variant]:
+def found(features: int, columns: int, groups: int, gate: int, normalize: bool, arch: int) -> Iterator[Variant]:
     if gate == CHANNEL:
         return channel_variants(features, columns, groups, normalize)
     if gate == DELTA:
         return iter(()) if normalize else delta_variants(features, columns, groups)
-    return variants(features, columns, groups, gate, normalize)
+    return variants(features, columns, groups, gate, normalize, arch)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -230,7 +230,7 @@ def main(arguments: list[str] | None = None) -> int:
                     for group in chosen.group:
                         for gate in chosen.gate:
                             for normalize in (False,) if chosen.plain else (False, True):
-                                for v in found(features, dim, group, gate, normalize):
+                                for v in found(features, dim, group, gate, normalize, arch):
                                     line, wrong = judge(compiled(v, arch, dtype), arch, v.sweep)
                                     c = v.constants
                                     cut = c.get("X", c.get("D" if v.sweep == "y" else "F"))
