@@ -131,7 +131,7 @@ def main(arguments: list[str] | None = None) -> int:
                     for group in chosen.group:
                         for kind in chosen.kind:
                             for normalize in (False,) if chosen.plain else (False, True):
-                                for v in KINDS[kind](features, dim, group, normalize):
+                                for v in KINDS[kind](arch, features, dim, group, normalize):
                                     line, wrong = judge(compiled(v, arch, dtype), arch, v.sweep)
                                     c = v.constants
                                     cut = c.get("X", c.get("M", c.get("D" if v.sweep == "y" else "F", c.get("D"))))

@@ -38,7 +38,7 @@ class Variant(NamedTuple):
     options: dict[str, Any]
 
 
-def variants(gate: int, features: int, columns: int, groups: int, normalize: bool) -> Iterator[Variant]:
+def variants(gate: int, arch: int, features: int, columns: int, groups: int, normalize: bool) -> Iterator[Variant]:
     """The four sweeps of one kind of attention, everything optional switched on."""
     heads = {"H": 8 * groups, "H_S": 8}
     flags = {"GATE": gate, "DOCUMENTS": True, "NORMALIZE": normalize, "PRECISION": "ieee", "INTERPRET": False}
@@ -46,7 +46,7 @@ def variants(gate: int, features: int, columns: int, groups: int, normalize: boo
     widths = {"F_WIDTH": features, "D_WIDTH": columns, "H_KV": 8}
 
     def sized(kind: str, score: int, output: int, names: tuple[str, str]) -> tuple[dict[str, int], dict[str, int]]:
-        chunk, cut, warps, stages = config(kind, score, output, 16)
+        chunk, cut, warps, stages = config(kind, score, output, 16, arch)
         return {"C": chunk, names[0]: padded(score), names[1]: cut}, {"num_warps": warps, "num_stages": stages}
 
     sizes, options = sized(NORMALIZED if normalize else PLAIN, features, columns, ("F", "D"))
@@ -176,23 +176,28 @@ def both_variants(features: int, columns: int, groups: int, normalize: bool) -> 
             yield Variant(f"{'packed' if packed else 'both'} {name}", kernel, told, options)
 
 
-Variants = Callable[[int, int, int, bool], Iterator[Variant]]
+Variants = Callable[..., Iterator[Variant]]
+
+
+def everywhere(found: Variants) -> Variants:
+    """Of what is compiled alike for all GPUs."""
+    return lambda arch, *sizes: found(*sizes)
 
 
 def plain_alone(found: Variants) -> Variants:
-    """Of what has no normaliser."""
-    return lambda *sizes: iter(()) if sizes[-1] else found(*sizes)
+    """Of that, what has no normaliser."""
+    return lambda arch, *sizes: iter(()) if sizes[-1] else found(*sizes)
 
 
 KINDS: dict[str, Variants] = {
     "none": partial(variants, 0),
     "fixed": partial(variants, 1),
     "scalar": partial(variants, 2),
-    "channel": channel_variants,
+    "channel": everywhere(channel_variants),
     "delta": plain_alone(delta_variants),
     "kda": plain_alone(kda_variants),
     "slots": plain_alone(slot_variants),
     "norm": plain_alone(norm_variants),
-    "both": both_variants,
+    "both": everywhere(both_variants),
 }
-"""By the kind of gate or rule: features, columns, groups, normalised -> the kernels."""
+"""By the kind of gate or rule: architecture, features, columns, groups, normalised -> the kernels."""

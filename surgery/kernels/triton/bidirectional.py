@@ -251,7 +251,6 @@ def bidirectional_attention(
 ) -> Tensor:
     """See the reference. Features are rounded to q's dtype."""
     options: dict[str, Any] = {"eps": eps, "mask": mask, "segments": segments}
-    # these kernels have not run on a GPU yet: by default plain torch, until they have
     if q.dtype.itemsize <= 4 and v.shape[-1] <= WIDEST:
         require_gpu(q)
         phi_q, phi_k = _mapped(features_q, q, mask), _mapped(features_k, k.to(q.dtype), mask)

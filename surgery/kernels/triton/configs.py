@@ -2,7 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
+
+import torch
+
+HOPPER = 90
+"""The architecture that tables are tuned for; those that follow take them, too."""
+
+
+@functools.cache
+def architecture() -> int:
+    """Of the GPU, as Triton counts them; Hopper where there is none."""
+    if not torch.cuda.is_available():
+        return HOPPER
+    major, minor = torch.cuda.get_device_capability()
+    return 10 * major + minor
 
 
 class Config(NamedTuple):
@@ -40,14 +55,18 @@ TABLE: dict[tuple[str, int, int, int], Config] = {
     for output in (64, 128)
     for kind in (PLAIN, NORMALIZED, GATE_GRADIENT)
 }
+# before Hopper the operands of products take registers, which wider tiles spill, and there is less shared memory
+EARLIER: dict[tuple[str, int, int, int], Config] = {key: Config(32, 32) for key in TABLE}
 
 
-def config(kind: str, score: int, output: int, bits: int) -> Config:
-    """The table's row, else a small tile that compiles for any width up to 256."""
-    key = kind, padded(score), padded(output), bits
-    if key in TABLE:
-        return TABLE[key]
-    small = 16 if bits == 32 or key[1] > 128 else 64
+def config(kind: str, score: int, output: int, bits: int, arch: int | None = None) -> Config:
+    """The row of the architecture's table (None: of this machine's), else a small tile that compiles for any width up
+    to 256."""
+    recent = (arch or architecture()) >= HOPPER
+    key, table = (kind, padded(score), padded(output), bits), TABLE if recent else EARLIER
+    if key in table:
+        return table[key]
+    small = 16 if bits == 32 or key[1] > 128 else 64 if recent else 32
     return Config(small, min(key[2], 32 if key[1] <= 128 else 16))
 
 
