@@ -30,6 +30,7 @@ from surgery.kernels.triton import (
     delta,
     delta_backward,
     delta_forward,
+    mesa,
     norm,
     slot_kernels,
     sweeps,
@@ -40,13 +41,15 @@ from surgery.kernels.triton.configs import GATE_GRADIENT, NORMALIZED, PLAIN, con
 # bytes of shared memory a program may have
 SHARED = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}
 POINTERS = {"gate_ptr": "*fp32", "document_ptr": "*i32", "states_ptr": "*bf16"}
+POINTERS |= dict.fromkeys(("key_ptr", "key_rest_ptr", "before_ptr", "before_rest_ptr"), "*bf16")
 SINGLE = ("S_ptr", "z_ptr", "mass_ptr", "S_after_ptr", "z_after_ptr", "excess_ptr", "factor_ptr", "dgate_ptr", "zs_ptr")
 SINGLE += ("beta_ptr", "dbeta_ptr", "dS_after_ptr", "dz_after_ptr", "dS_ptr", "dz_ptr", "dzs_ptr", "near_ptr")
 SINGLE += ("inverse_ptr", "total_ptr", "S_end_ptr", "z_end_ptr", "logit_ptr", "gain_ptr", "dgain_ptr")
+SINGLE += ("decay_ptr", "kept_ptr", "ridge_ptr", "b_ptr", "x_ptr")
 SCALARS = {"scale": "fp32", "eps": "fp32"}
-SCALARS |= dict.fromkeys(("T", "stride_a", "stride_x", "span", "groups"), "i32")
-CHANNEL, DELTA, SLOTS, NORM = 3, 4, 5, 6
-"""A gate per channel, the delta rule, slots, and a norm, among the kinds that --gate takes."""
+SCALARS |= dict.fromkeys(("T", "stride_a", "stride_x", "span", "groups", "steps"), "i32")
+CHANNEL, DELTA, SLOTS, NORM, SOLVER = 3, 4, 5, 6, 7
+"""A gate per channel, the delta rule, slots, a norm, and a solver of systems, among the kinds that --gate takes."""
 FASTEST, UNTUNED, RARE = (
     "more warps or narrower tiles spill less and are slower on an H100: benchmarks/results/tune.json",
     "right on an H100, not tuned there yet",
@@ -56,7 +59,7 @@ ALLOWED: dict[str, tuple[int, str]] = {
     # of gated and linear attention and the delta rule; those of y and dv hold for all kinds of gates
     # normalised ones keep what rounding takes, which is most of it
     "y": (2500, UNTUNED), "dq": (1300, UNTUNED), "dk": (1600, FASTEST), "dv": (2000, UNTUNED), "dqk": (600, UNTUNED),
-    "logits": (600, UNTUNED), "fused y": (300, UNTUNED), "dS": (100, UNTUNED),
+    "logits": (600, UNTUNED), "solved": (2500, UNTUNED), "fused y": (300, UNTUNED), "dS": (100, UNTUNED),
     "far y": (10**6, RARE), "far dqk": (10**6, RARE), "far dv": (10**6, RARE), "far logits": (10**6, RARE),
     # of windows and hybrids
     "tile_outputs": (100, FASTEST), "query_gradients": (1100, FASTEST), "feature_gradients": (500, FASTEST),
@@ -165,6 +168,13 @@ def norm_variants(columns: int, groups: int) -> Iterator[Variant]:
         yield Variant(name, kernel, told | {"INTERPRET": False}, {})
 
 
+def solver_variants(columns: int, groups: int) -> Iterator[Variant]:
+    """The kernel of test-time regression, which knows no features."""
+    told = mesa.told(64, groups, columns, False) | {"INTERPRET": False}
+    options = {n: told.pop(n) for n in ("num_warps", "num_stages")}
+    yield Variant("solved", mesa.solve_kernel, told, options)
+
+
 def compiled(variant: Variant, arch: int, dtype: str) -> Any:
     """What Triton makes of it, with the alignment that launches have."""
     names = list(inspect.signature(variant.kernel.fn).parameters)
@@ -221,8 +231,9 @@ def found(features: int, columns: int, groups: int, gate: int, normalize: bool) 
         return channel_variants(features, columns, groups, normalize)
     if gate == DELTA:
         return iter(()) if normalize else delta_variants(features, columns, groups)
-    if gate == NORM:
-        return iter(()) if normalize or features != columns else norm_variants(columns, groups)
+    if gate in (NORM, SOLVER):
+        build = norm_variants if gate == NORM else solver_variants
+        return iter(()) if normalize or features != columns else build(columns, groups)
     if gate == SLOTS:
         return iter(()) if normalize else slot_variants(features, columns, groups)
     return variants(features, columns, groups, gate, normalize)
@@ -240,8 +251,8 @@ def main(arguments: list[str] | None = None) -> int:
         "--gate",
         type=int,
         nargs="*",
-        default=[0, 1, 2, 3, 4, 5, 6],
-        help="0 none, 1 fixed, 2 scalar, 3 channel, 4 the delta rule with a scalar one, 5 slots, 6 a norm",
+        default=list(range(8)),
+        help="0 none, 1 fixed, 2 scalar, 3 channel, 4 the delta rule with a scalar one, 5 slots, 6 a norm, 7 a solver",
     )
     parser.add_argument("--plain", action="store_true", help="leave normalised attention out")
     chosen = parser.parse_args(arguments)
@@ -259,7 +270,7 @@ def main(arguments: list[str] | None = None) -> int:
                                 for v in found(features, dim, group, gate, normalize):
                                     line, wrong = judge(compiled(v, arch, dtype), arch, v.sweep)
                                     c = v.constants
-                                    cut = c.get("X", c.get("M", c.get("D" if v.sweep == "y" else "F")))
+                                    cut = next(c[n] for n in ("X", "M", "D" if v.sweep == "y" else "F", "D") if n in c)
                                     head = f"{arch}  {dtype:5} {features:4} {dim:4} {group:5} {gate:4} {normalize:4}"
                                     chunk, warps = c.get("C", c.get("R")), v.options.get("num_warps", 4)
                                     head += f" {v.sweep:>5} {chunk:5} {cut:4} {warps:5}"
