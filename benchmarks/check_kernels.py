@@ -45,7 +45,7 @@ POINTERS |= dict.fromkeys(("key_ptr", "key_rest_ptr", "before_ptr", "before_rest
 SINGLE = ("S_ptr", "z_ptr", "mass_ptr", "S_after_ptr", "z_after_ptr", "excess_ptr", "factor_ptr", "dgate_ptr", "zs_ptr")
 SINGLE += ("beta_ptr", "dbeta_ptr", "dS_after_ptr", "dz_after_ptr", "dS_ptr", "dz_ptr", "dzs_ptr", "near_ptr")
 SINGLE += ("inverse_ptr", "total_ptr", "S_end_ptr", "z_end_ptr", "logit_ptr", "gain_ptr", "dgain_ptr")
-SINGLE += ("decay_ptr", "kept_ptr", "ridge_ptr", "b_ptr", "x_ptr")
+SINGLE += ("decay_ptr", "kept_ptr", "ridge_ptr", "given_ptr", "solved_ptr")
 SCALARS = {"scale": "fp32", "eps": "fp32"}
 SCALARS |= dict.fromkeys(("T", "stride_a", "stride_x", "span", "groups", "steps"), "i32")
 CHANNEL, DELTA, SLOTS, NORM, SOLVER = 3, 4, 5, 6, 7
@@ -59,7 +59,7 @@ ALLOWED: dict[str, tuple[int, str]] = {
     # of gated and linear attention and the delta rule; those of y and dv hold for all kinds of gates
     # normalised ones keep what rounding takes, which is most of it
     "y": (2500, UNTUNED), "dq": (1300, UNTUNED), "dk": (1600, FASTEST), "dv": (2000, UNTUNED), "dqk": (600, UNTUNED),
-    "logits": (600, UNTUNED), "solved": (2500, UNTUNED), "fused y": (300, UNTUNED), "dS": (100, UNTUNED),
+    "logits": (1100, UNTUNED), "solved": (2500, UNTUNED), "fused y": (300, UNTUNED), "dS": (100, UNTUNED),
     "far y": (10**6, RARE), "far dqk": (10**6, RARE), "far dv": (10**6, RARE), "far logits": (10**6, RARE),
     # of windows and hybrids
     "tile_outputs": (100, FASTEST), "query_gradients": (1100, FASTEST), "feature_gradients": (500, FASTEST),

@@ -15,6 +15,7 @@ CHECKS = {
     "decay": "check_kernels --square --group 1 --gate 2",
     "channel": "check_kernels --features 128 --dim 128 --group 1 --gate 3 --plain",
     "delta": "check_kernels --square --group 1 --gate 4",
+    "slots, norm, solver": "check_kernels --features 64 --dim 64 --group 1 --gate 5 6 7 --plain",
     "hybrid": "check_mixed --square --call joint,_more",
     "steps": "check_steps --dim 64 --step gla joint,_terraced",
 }
