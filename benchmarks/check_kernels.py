@@ -26,14 +26,16 @@ from benchmarks.kernel_variants import KINDS, Variant
 SHARED = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}
 POINTERS = {"gate_ptr": "*fp32", "document_ptr": "*i32", "states_ptr": "*bf16"}
 POINTERS |= {"valid_ptr": "*i1", "start_ptr": "*i32", "end_ptr": "*i32"}
+POINTERS |= dict.fromkeys(("key_ptr", "key_rest_ptr", "before_ptr", "before_rest_ptr"), "*bf16")
 SINGLE = ("S_ptr", "z_ptr", "mass_ptr", "S_after_ptr", "z_after_ptr", "excess_ptr", "factor_ptr", "dgate_ptr", "zs_ptr")
 SINGLE += ("beta_ptr", "dbeta_ptr", "dS_after_ptr", "dz_after_ptr", "dS_ptr", "dz_ptr", "dzs_ptr", "near_ptr")
 SINGLE += ("inverse_ptr", "total_ptr", "S_end_ptr", "z_end_ptr", "logit_ptr", "u_ptr", "du_ptr", "dr_ptr")
 SINGLE += ("gain_ptr", "dgain_ptr", "q_since_ptr", "k_since_ptr", "k_until_ptr", "weight_ptr", "dA_ptr", "dW_ptr")
 SINGLE += ("state_ptr", "dstate_ptr", "share_ptr")
 SINGLE += ("dq_part_ptr", "dk_part_ptr", "dgate_part_ptr")
+SINGLE += ("decay_ptr", "kept_ptr", "ridge_ptr", "given_ptr", "solved_ptr")
 SCALARS = {"scale": "fp32", "eps": "fp32"}
-SCALARS |= dict.fromkeys(("T", "stride_a", "stride_x", "span", "groups", "tiles"), "i32")
+SCALARS |= dict.fromkeys(("T", "stride_a", "stride_x", "span", "groups", "tiles", "steps"), "i32")
 FASTEST, UNTUNED, UNTRIED, RARE, OLDER = (
     "more warps or narrower tiles spill less and are slower on an H100: benchmarks/results/tune.json",
     "right on an H100, not tuned there yet",
@@ -45,8 +47,8 @@ ALLOWED: dict[str, tuple[int, str]] = {
     # of gated and linear attention and the delta rule; those of y and dv hold for all kinds of gates
     # normalised ones keep what rounding takes, which is most of it
     "y": (2500, UNTUNED), "dq": (1300, UNTUNED), "dk": (1600, FASTEST), "dv": (2000, UNTUNED), "dqk": (700, UNTUNED),
-    "logits": (600, UNTUNED), "fused y": (300, UNTUNED), "S": (100, UNTUNED), "dS": (900, UNTUNED),
-    "kda weights": (600, UNTRIED), "kda dS": (1000, UNTRIED), "kda pairs": (50, UNTRIED),
+    "logits": (1100, UNTUNED), "solved": (2500, UNTRIED), "fused y": (300, UNTUNED), "S": (100, UNTUNED),
+    "dS": (900, UNTUNED), "kda weights": (600, UNTRIED), "kda dS": (1000, UNTRIED), "kda pairs": (50, UNTRIED),
     "kda states": (250, UNTRIED), "kda dqk": (3000, UNTRIED),
     "far y": (10**6, RARE), "far dqk": (10**6, RARE), "far dv": (10**6, RARE), "far logits": (10**6, RARE),
     # of both directions

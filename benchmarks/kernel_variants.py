@@ -21,6 +21,7 @@ from surgery.kernels.triton import (
     delta_channel_backward,
     delta_channel_forward,
     delta_forward,
+    mesa,
     norm,
     slot_kernels,
     sweeps,
@@ -176,6 +177,15 @@ def both_variants(features: int, columns: int, groups: int, normalize: bool) -> 
             yield Variant(f"{'packed' if packed else 'both'} {name}", kernel, told, options)
 
 
+def solver_variants(features: int, columns: int, groups: int, _: bool) -> Iterator[Variant]:
+    """The kernel of test-time regression, which knows no features."""
+    if features != columns:
+        return
+    told = mesa.told(64, groups, columns, False) | {"INTERPRET": False}
+    options = {n: told.pop(n) for n in ("num_warps", "num_stages")}
+    yield Variant("solved", mesa.solve_kernel, told, options)
+
+
 Variants = Callable[..., Iterator[Variant]]
 
 
@@ -198,6 +208,7 @@ KINDS: dict[str, Variants] = {
     "kda": plain_alone(kda_variants),
     "slots": plain_alone(slot_variants),
     "norm": plain_alone(norm_variants),
+    "solver": plain_alone(solver_variants),
     "both": everywhere(both_variants),
 }
 """By the kind of gate or rule: architecture, features, columns, groups, normalised -> the kernels."""

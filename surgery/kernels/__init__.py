@@ -33,7 +33,9 @@ gated_slot_attention = Op(
     in_triton("gated_slot_attention", untried=True),
     in_triton("gated_slot_attention_step", untried=True),
 )
-mesa_attention = Op(reference.mesa_attention, chunked.mesa_attention, examples.mesa, in_triton("mesa_attention"))
+mesa_attention = Op(
+    reference.mesa_attention, chunked.mesa_attention, examples.mesa, in_triton("mesa_attention", untried=True)
+)
 window_attention = Op(
     reference.window_attention,
     chunked.window_attention,

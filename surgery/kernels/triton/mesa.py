@@ -52,7 +52,7 @@ def ratio(a, b):
 
 @triton.jit(do_not_specialize=["steps"])
 def solve_kernel(
-    key_ptr, key_rest_ptr, decay_ptr, kept_ptr, before_ptr, before_rest_ptr, ridge_ptr, b_ptr, x_ptr, steps,
+    key_ptr, key_rest_ptr, decay_ptr, kept_ptr, before_ptr, before_rest_ptr, ridge_ptr, given_ptr, solved_ptr, steps,
     ROWS: tl.constexpr, G: tl.constexpr, WIDTH: tl.constexpr, R: tl.constexpr, D: tl.constexpr, EXACT: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):  # fmt: skip
@@ -66,7 +66,7 @@ def solve_kernel(
     before_rest_ptr += m * (WIDTH * WIDTH)
     ridge = tile(ridge_ptr + m * WIDTH, 1, WIDTH, WIDTH, 1, D)
     at = (m * ROWS * G + g) * WIDTH
-    residual = tile(b_ptr + at, ROWS, WIDTH, G * WIDTH, R, D)
+    residual = tile(given_ptr + at, ROWS, WIDTH, G * WIDTH, R, D)
     x, direction = tl.zeros([R, D], tl.float32), residual
     size = tl.sum(residual * residual, 1)
     for _ in range(steps):
@@ -83,7 +83,7 @@ def solve_kernel(
         direction = residual + ratio(smaller, size) * direction
         size = smaller
     r, d = tl.arange(0, R)[:, None], tl.arange(0, D)[None, :]
-    tl.store(x_ptr + at + r * (G * WIDTH) + d, x, mask=(r < ROWS) & (d < WIDTH))
+    tl.store(solved_ptr + at + r * (G * WIDTH) + d, x, mask=(r < ROWS) & (d < WIDTH))
 
 
 def parts(x: Tensor, exact: bool) -> tuple[Tensor, Tensor]:
