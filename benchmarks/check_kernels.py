@@ -61,8 +61,9 @@ ALLOWED: dict[str, tuple[int, str]] = {
     # normalised ones keep what rounding takes, which is most of it
     "y": (2500, UNTUNED), "dq": (1300, UNTUNED), "dk": (1600, FASTEST), "dv": (2000, UNTUNED), "dqk": (700, UNTUNED),
     "fused y": (300, UNTUNED), "S": (100, UNTUNED), "dS": (900, UNTUNED),
-    "kda weights": (600, UNTRIED), "kda dS": (1000, UNTRIED), "kda pairs": (50, UNTRIED),
-    "kda states": (250, UNTRIED), "kda dqk": (3000, UNTRIED),
+    "kda inverse": (100, UNTRIED), "kda weights": (1000, UNTRIED), "kda dS": (1000, UNTRIED),
+    "kda pairs": (50, UNTRIED), "kda states": (250, UNTRIED), "kda dqk": (2000, UNTRIED),
+    "kda far dqk": (3000, UNTRIED),
     "far y": (10**6, RARE), "far dqk": (10**6, RARE), "far dv": (10**6, RARE),
     # of windows and hybrids
     "tile_outputs": (100, FASTEST), "query_gradients": (1100, FASTEST), "feature_gradients": (500, FASTEST),
@@ -168,8 +169,10 @@ def kda_variants(features: int, columns: int, groups: int) -> Iterator[Variant]:
         ("kda pairs", delta_channel_backward.pair_gradients),
         ("kda states", delta_channel_backward.state_gradients),
         ("kda dqk", delta_channel_backward.feature_gradients),
+        ("kda far dqk", delta_channel_backward.feature_gradients),
     ):
-        told = call.told(kernel, CARRIED=True, DS_AFTER=True, DS=True, INTERPRET=False)
+        flags = {"CARRIED": True, "DS_AFTER": True, "DS": True, "NEAR": "far" not in name, "INTERPRET": False}
+        told = call.told(kernel, **flags)
         options = {n: told.pop(n) for n in ("num_warps", "num_stages")}
         yield Variant(name, kernel, told, options)
 
