@@ -48,8 +48,8 @@ ALLOWED: dict[str, tuple[int, str]] = {
     # normalised ones keep what rounding takes, which is most of it
     "y": (2500, UNTUNED), "dq": (1300, UNTUNED), "dk": (1600, FASTEST), "dv": (2000, UNTUNED), "dqk": (700, UNTUNED),
     "logits": (1100, UNTUNED), "solved": (2500, UNTRIED), "fused y": (300, UNTUNED), "S": (100, UNTUNED),
-    "dS": (900, UNTUNED), "kda weights": (600, UNTRIED), "kda dS": (1000, UNTRIED), "kda pairs": (50, UNTRIED),
-    "kda states": (250, UNTRIED), "kda dqk": (3000, UNTRIED),
+    "dS": (900, UNTUNED), "kda inverse": (100, UNTRIED), "kda weights": (1000, UNTRIED), "kda dS": (1000, UNTRIED),
+    "kda pairs": (50, UNTRIED), "kda states": (250, UNTRIED), "kda dqk": (2000, UNTRIED), "kda far dqk": (3000, UNTRIED),
     "far y": (10**6, RARE), "far dqk": (10**6, RARE), "far dv": (10**6, RARE), "far logits": (10**6, RARE),
     # of both directions
     "packed y": (200, OLDER), "packed dq": (600, OLDER), "packed dk": (200, OLDER), "packed dv": (200, OLDER),

@@ -149,8 +149,10 @@ def kda_variants(features: int, columns: int, groups: int, _: bool) -> Iterator[
         ("kda pairs", delta_channel_backward.pair_gradients),
         ("kda states", delta_channel_backward.state_gradients),
         ("kda dqk", delta_channel_backward.feature_gradients),
+        ("kda far dqk", delta_channel_backward.feature_gradients),
     ):
-        told = call.told(kernel, CARRIED=True, DS_AFTER=True, DS=True, INTERPRET=False)
+        flags = {"CARRIED": True, "DS_AFTER": True, "DS": True, "NEAR": "far" not in name, "INTERPRET": False}
+        told = call.told(kernel, **flags)
         options = {n: told.pop(n) for n in ("num_warps", "num_stages")}
         yield Variant(name, kernel, told, options)
 

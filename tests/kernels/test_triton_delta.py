@@ -16,6 +16,19 @@ if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("kernels run on a GPU or in the interpreter", allow_module_level=True)
 
 delta_rule = pytest.importorskip("surgery.kernels.triton").delta_rule
+triton = pytest.importorskip("triton")
+tl = triton.language
+fine = pytest.importorskip("surgery.kernels.triton.delta_tiles").fine
+
+
+@triton.jit
+def multiply(a_ptr, b_ptr, total_ptr, TURNED: tl.constexpr):
+    """total += a b, or their transposes, [16, 16], by products of fp16."""
+    at = tl.arange(0, 16)[:, None] * 16 + tl.arange(0, 16)[None, :]
+    total = fine(
+        tl.load(a_ptr + at), tl.load(b_ptr + at), tl.load(total_ptr + at), tl.float16, "ieee", TURNED, TURNED
+    )  # fmt: skip
+    tl.store(total_ptr + at, total)
 
 
 @pytest.mark.parametrize("gate", [False, True], ids=["none", "scalar"])
@@ -113,6 +126,20 @@ def test_any_shape(tokens, gate, groups, features, columns, carried, packed, see
     generator = torch.Generator().manual_seed(seed)
     ids = (torch.rand(1, tokens, generator=generator) < 0.1).cumsum(1) if packed else None
     assert error(tensors, documents=ids) < 1e-5
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_product_of_sixteen_bits_loses_nothing_of_what_is_in_32(turned):
+    a, b, total = torch.randn(3, 16, 16, generator=torch.Generator().manual_seed(0))
+    expected = total.double() + (a.mT if turned else a).double() @ (b.mT if turned else b).double()
+    found = total.clone()
+    multiply[(1,)](a, b, found, turned)
+    assert difference(found, expected) < 1e-6
+    # an operand that is of sixteen bits itself is taken as it is
+    rounded, found = a.half(), total.clone()
+    multiply[(1,)](rounded, b, found, turned)
+    assert difference(found, expected) > 1e-5
+    assert difference(found - total, expected - total) < 1e-3
 
 
 def test_what_no_kernel_covers_runs_chunked():

@@ -51,6 +51,12 @@ class Call(NamedTuple):
         return 64 if self.narrow else 16
 
     @property
+    def reach(self) -> float:
+        """Channels of a chunk may decay by 2^(-2·this) to be cut once: fp16 lacks the range for more, and in fp32 sums
+        would lose precision."""
+        return 32.0 if self.q.dtype == torch.bfloat16 else 8.0
+
+    @property
     def chunks(self) -> int:
         return triton.cdiv(self.q.shape[1], self.chunk)
 
@@ -69,6 +75,7 @@ class Call(NamedTuple):
             "X": least,
             "D": least,
             "LEVELS": self.chunk.bit_length() - 1,
+            "REACH": self.reach,
             "DOCUMENTS": self.documents is not None,
             "EXACT": not self.narrow,
             "PRECISION": "ieee",
@@ -198,10 +205,11 @@ def _backward(
         q, k, u, dy, dr, beta, log_gate, documents, states, dstates, *handed, parts[1:], tokens, scale,
         **call.told(state_gradients),
     )  # fmt: skip
-    feature_gradients[call.grid(chunks, features)](
-        q, k, dA, dW, beta, log_gate, *handed, dq, dk, dlog_gate, parts[1 + slices :], tokens,
-        q.shape[2] // k.shape[2], **call.told(feature_gradients),
-    )  # fmt: skip
+    for near in (True, False):
+        feature_gradients[call.grid(chunks, features)](
+            q, k, dA, dW, beta, log_gate, *handed, dq, dk, dlog_gate, parts[1 + slices :], tokens,
+            q.shape[2] // k.shape[2], **call.told(feature_gradients, NEAR=near),
+        )  # fmt: skip
     if shared is not dv:
         dv.copy_(shared.unflatten(2, (v.shape[2], -1)).sum(3))
     dbeta.copy_(parts.sum(0))

@@ -3,7 +3,7 @@
     dU = Wᵀ dY + K⁺ dS',   dR = Tᵀ dU,   dS = diag(γ_C) dS' + Q⁻ᵀ dY - K⁻ᵀ β dR,
     dA = -dR Uᵀ,   dW = dY Uᵀ,   dV = β dR.
 
-A factor is two to a sum of gates: its gradient times itself is that of each of those gates, and nothing cancels.
+A factor is two to a sum of gates: its gradient times itself is that of each of those gates.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .channel_tiles import between, level_pairs, load_gates, load_line, sums
+from .channel_tiles import between, exponents, level_pairs, load_gates, load_line, one_cut, sums
 from .delta_backward import load_block
 from .delta_channel_forward import ends
 from .delta_tiles import fine, strictly_lower
@@ -180,54 +180,86 @@ def feature_gradients(
     dq_ptr, dk_ptr, dgate_ptr, dbeta_ptr,
     T, groups,
     H: tl.constexpr, H_S: tl.constexpr, F_WIDTH: tl.constexpr, C: tl.constexpr, X: tl.constexpr, LEVELS: tl.constexpr,
-    EXACT: tl.constexpr, PRECISION: tl.constexpr, INTERPRET: tl.constexpr,
+    REACH: tl.constexpr, NEAR: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """dQ, dK, the gradient of the gates and what X channels tell of dβ: what states tell, and pairs of one chunk."""
+    """dQ, dK, the gradient of the gates and what X channels tell of dβ: what states tell, and pairs of one chunk.
+
+    NEAR: whether of channels that are cut once or of the others; programs of these have nothing to do.
+    """
     slices: tl.constexpr = (F_WIDTH + X - 1) // X
     n, slice_ = tl.program_id(0) // slices, tl.program_id(0) % slices
     first, head, b = slice_ * X, tl.program_id(1), tl.program_id(2).to(tl.int64)
     row, live = b * T + n * C, T - n * C
     operand = tl.float32 if INTERPRET else q_ptr.dtype.element_ty
     gates = load_gates(gate_ptr, row, live, head, first, H_S, F_WIDTH, C, X, EXACT)
+    if (one_cut(gates, REACH) > 0.0) != NEAR:
+        return
     k = load_rows(k_ptr, row, live, head, first, H_S, F_WIDTH, C, X, INTERPRET).to(tl.float32)
     dk = load_rows(dk_part_ptr, row, live, head, first, H_S, F_WIDTH, C, X, INTERPRET)
-    dgate = load_rows(dgate_part_ptr, row, live, head, first, H_S, F_WIDTH, C, X, INTERPRET)
     dA = load_rows(dA_ptr, row, live, head, 0, H_S, C, C, C, INTERPRET)
     beta = load_each(beta_ptr, row, live, head, H_S, C, 0.0)[:, None]
     dbeta = tl.zeros([C], tl.float32)
-    for level in range(LEVELS):
-        h = 1 << level
-        factor = level_factor(h, gates, C, EXACT, INTERPRET)
-        pairs, key = tl.where(level_pairs(h, C), dA, 0.0), k * factor
-        part = fine(pairs, key, tl.zeros([C, X], tl.float32), operand, PRECISION)
-        dbeta += tl.sum(key * part, 1)
+    none = tl.zeros([C, X], tl.float32)
+    dgate = none
+    # of a cut: gates from it on are crossed by what reads, less what is written, from it on
+    crossed = none
+    if NEAR:
+        read, written, _, _ = exponents(gates, 1.0, EXACT)
+        read, written = tl.exp2(read), tl.exp2(written)
+        part = fine(dA, k * written, none, operand, PRECISION) * read
+        dbeta = tl.sum(k * part, 1)
         part *= beta
-        part = fine(pairs * beta, key, part, operand, PRECISION, True)
-        dk += part * factor
-        dgate += sums(tl.trans(between(h, C)), key * part, EXACT, INTERPRET)
+        dk += part
+        crossed = k * part
+        part = fine(dA * beta, k * read, none, operand, PRECISION, True) * written
+        dk += part
+        crossed -= k * part
+    else:
+        for level in range(LEVELS):
+            h = 1 << level
+            factor = level_factor(h, gates, C, EXACT, INTERPRET)
+            pairs, key = tl.where(level_pairs(h, C), dA, 0.0), k * factor
+            part = fine(pairs, key, none, operand, PRECISION)
+            dbeta += tl.sum(key * part, 1)
+            part = fine(pairs * beta, key, part * beta, operand, PRECISION, True)
+            dk += part * factor
+            dgate += sums(tl.trans(between(h, C)), key * part, EXACT, INTERPRET)
     # parts of dβ: [slices, B, T, H_S]
     dbeta_ptr += slice_.to(tl.int64) * tl.num_programs(2) * T * H_S
     store_each(dbeta_ptr, dbeta, row, live, head, H_S, C)
 
-    same = tl.arange(0, C)[:, None] == tl.arange(0, C)[None, :]
+    later = strictly_lower(C)
     for g in range(groups):
         query = head * (H // H_S) + g
         q = load_rows(q_ptr, row, live, query, first, H, F_WIDTH, C, X, INTERPRET).to(tl.float32)
         dq = load_rows(dq_part_ptr, row, live, query, first, H, F_WIDTH, C, X, INTERPRET)
         dW = load_rows(dW_ptr, row, live, query, 0, H, C, C, C, INTERPRET)
-        own = tl.sum(tl.where(same, dW, 0.0), 1)[:, None]
+        # of pairs that know each other there are no others beside the diagonal
+        own = tl.sum(tl.where(later, 0.0, dW), 1)[:, None]
+        dW = tl.where(later, dW, 0.0)
         dq += own * k
         dk += own * q
-        for level in range(LEVELS):
-            h = 1 << level
-            factor = level_factor(h, gates, C, EXACT, INTERPRET)
-            pairs = tl.where(level_pairs(h, C), dW, 0.0)
-            part = fine(pairs, k * factor, tl.zeros([C, X], tl.float32), operand, PRECISION) * factor
+        if NEAR:
+            part = fine(dW, k * written, none, operand, PRECISION) * read
             dq += part
-            crossed = q * part
-            part = fine(pairs, q * factor, tl.zeros([C, X], tl.float32), operand, PRECISION, True) * factor
+            crossed += q * part
+            part = fine(dW, q * read, none, operand, PRECISION, True) * written
             dk += part
-            dgate += sums(tl.trans(between(h, C)), crossed + k * part, EXACT, INTERPRET)
+            crossed -= k * part
+        else:
+            for level in range(LEVELS):
+                h = 1 << level
+                factor = level_factor(h, gates, C, EXACT, INTERPRET)
+                pairs = tl.where(level_pairs(h, C), dW, 0.0)
+                part = fine(pairs, k * factor, none, operand, PRECISION) * factor
+                dq += part
+                both = q * part
+                part = fine(pairs, q * factor, none, operand, PRECISION, True) * factor
+                dk += part
+                dgate += sums(tl.trans(between(h, C)), both + k * part, EXACT, INTERPRET)
         store_rows(dq_ptr, dq, row, live, query, first, H, F_WIDTH, C, X)
     store_rows(dk_ptr, dk, row, live, head, first, H_S, F_WIDTH, C, X)
+    if NEAR:
+        dgate += crossed + sums(tl.where(tl.trans(later), 1.0, 0.0), crossed, EXACT, INTERPRET)
+    dgate += load_rows(dgate_part_ptr, row, live, head, first, H_S, F_WIDTH, C, X, INTERPRET)
     store_rows(dgate_ptr, dgate, row, live, head, first, H_S, F_WIDTH, C, X)

@@ -5,8 +5,8 @@ As in `delta_forward`, with decays that are vectors: in a chunk with the state S
     U = T β (V - K⁻ S),   T = (I + A)⁻¹,   A_ij = β_i Σ_f k_if k_jf D_ijf for j < i,
     Y = Q⁻ S + W U,   S' = diag(γ_C) S + K⁺ᵀ U,   W_ij = Σ_f q_if k_jf D_ijf for j ≤ i,
 
-where K⁻ and Q⁻ decay from the chunk's start to each token, K⁺ from each to its end. Pairs are met by halving levels
-(see `channel_tiles`), so that no factor exceeds one, whatever the gates. What decays is kept in fp32.
+where K⁻ and Q⁻ decay from the chunk's start to each token, K⁺ from each to its end. Pairs are met in
+one cut, in channels of chunks that decay too far by halving levels (see `channel_tiles`). What decays is kept in fp32.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .channel_tiles import between, level_pairs, load_gates, load_line, store_line, sums
+from .channel_tiles import between, exponents, level_pairs, load_gates, load_line, one_cut, store_line, sums
 from .delta_tiles import fine, inverse, strictly_lower
 from .tiles import decays, load_each, load_rows, load_state, store_rows, store_state
 
@@ -34,17 +34,21 @@ def ends(
 
 @triton.jit
 def earlier(
-    q, k, gates, operand: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, EXACT: tl.constexpr,
-    PRECISION: tl.constexpr, INTERPRET: tl.constexpr,
+    q, k, gates, operand: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, REACH: tl.constexpr,
+    EXACT: tl.constexpr, PRECISION: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """[query C, key C]: products of q with keys before it, which decay, over some channels; both [C, X] in fp32."""
     scores = tl.zeros([C, C], tl.float32)
-    for level in range(LEVELS):
-        h = 1 << level
-        factor = tl.exp2(sums(between(h, C), gates, EXACT, INTERPRET))
-        pairs = fine(q * factor, k * factor, tl.zeros([C, C], tl.float32), operand, PRECISION, False, True)
-        scores += tl.where(level_pairs(h, C) & strictly_lower(C), pairs, 0.0)
-    return scores
+    if one_cut(gates, REACH) > 0.0:
+        read, written, _, _ = exponents(gates, 1.0, EXACT)
+        scores = fine(q * tl.exp2(read), k * tl.exp2(written), scores, operand, PRECISION, False, True)
+    else:
+        for level in range(LEVELS):
+            h = 1 << level
+            factor = tl.exp2(sums(between(h, C), gates, EXACT, INTERPRET))
+            pairs = fine(q * factor, k * factor, tl.zeros([C, C], tl.float32), operand, PRECISION, False, True)
+            scores += tl.where(level_pairs(h, C), pairs, 0.0)
+    return tl.where(strictly_lower(C), scores, 0.0)
 
 
 @triton.jit(do_not_specialize=["T", "scale"])
@@ -76,7 +80,7 @@ def inverses(
     k_ptr, beta_ptr, gate_ptr, document_ptr, solution_ptr,
     T,
     H_S: tl.constexpr, F_WIDTH: tl.constexpr, C: tl.constexpr, X: tl.constexpr, LEVELS: tl.constexpr,
-    DOCUMENTS: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr, INTERPRET: tl.constexpr,
+    REACH: tl.constexpr, DOCUMENTS: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """T - I of one chunk and head: [B, T, H_S, C]."""
     n, head, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -86,7 +90,7 @@ def inverses(
     for first in range(0, F_WIDTH, X):
         gates = load_gates(gate_ptr, row, live, head, first, H_S, F_WIDTH, C, X, EXACT)
         k = load_rows(k_ptr, row, live, head, first, H_S, F_WIDTH, C, X, INTERPRET).to(tl.float32)
-        A += earlier(k, k, gates, operand, C, LEVELS, EXACT, PRECISION, INTERPRET)
+        A += earlier(k, k, gates, operand, C, LEVELS, REACH, EXACT, PRECISION, INTERPRET)
     beta = load_each(beta_ptr, row, live, head, H_S, C, 0.0)
     _, _, _, known = decays(document_ptr, document_ptr, row, live, n * C, 0, 1, C, 0, DOCUMENTS, False)
     found = inverse(A * known * beta[:, None], C, INTERPRET)
@@ -98,7 +102,7 @@ def pair_weights(
     q_ptr, k_ptr, gate_ptr, document_ptr, weight_ptr,
     T, scale,
     H: tl.constexpr, H_S: tl.constexpr, F_WIDTH: tl.constexpr, C: tl.constexpr, X: tl.constexpr, LEVELS: tl.constexpr,
-    DOCUMENTS: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr, INTERPRET: tl.constexpr,
+    REACH: tl.constexpr, DOCUMENTS: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """scale W of one chunk and head of queries: [B, T, H, C]."""
     n, query, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -111,7 +115,7 @@ def pair_weights(
         gates = load_gates(gate_ptr, row, live, head, first, H_S, F_WIDTH, C, X, EXACT)
         q = load_rows(q_ptr, row, live, query, first, H, F_WIDTH, C, X, INTERPRET).to(tl.float32)
         k = load_rows(k_ptr, row, live, head, first, H_S, F_WIDTH, C, X, INTERPRET).to(tl.float32)
-        W += earlier(q, k, gates, operand, C, LEVELS, EXACT, PRECISION, INTERPRET)
+        W += earlier(q, k, gates, operand, C, LEVELS, REACH, EXACT, PRECISION, INTERPRET)
         W += tl.where(same, tl.sum(q * k, 1)[:, None], 0.0)
     _, _, _, known = decays(document_ptr, document_ptr, row, live, n * C, 0, 1, C, 0, DOCUMENTS, False)
     store_rows(weight_ptr, W * known * scale, row, live, query, 0, H, C, C, C)
