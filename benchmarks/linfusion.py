@@ -294,7 +294,12 @@ def measure(out: Path, size: Size, budget: float, device: torch.device) -> dict[
     asked = labels.repeat(size.per_class, 1)[order]
     real = draw_batch(len(asked), size.pixels, device, torch.Generator(device).manual_seed(13))[0]
     rows: list[Tensor] = []
-    result: dict[str, Any] = {"provenance": provenance(painter.unet), "recipe": RECIPE, "steps": {"softmax": steps}}
+    result: dict[str, Any] = {
+        "provenance": provenance(painter.unet) | {"diffusers": diffusers.__version__},
+        "recipe": RECIPE,
+        "parameters": sum(p.numel() for p in painter.unet.parameters()),
+        "steps": {"softmax": steps},
+    }
     # how much of frechet is chance
     others = draw_batch(len(asked), size.pixels, device, torch.Generator(device).manual_seed(14))
     result["models"] = {"real": judge(net, *others, real)}

@@ -238,3 +238,10 @@ def test_attention_weights_cannot_be_compared():
     stage = {"kind": "attention_transfer", "loss": {"cross_entropy": 1}, "tokens": 1, "lr": 1e-3}
     with pytest.raises(surgery.RecipeError, match="cross_entropy"):
         surgery.load_recipe(recipe | {"stages": [stage]})
+
+
+def test_one_graph():
+    model, given = surgery.apply(build(), RECIPE), inputs()
+    shake(model)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    assert torch.allclose(run(compiled, given), run(model, given), atol=1e-5)
