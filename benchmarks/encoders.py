@@ -165,7 +165,9 @@ def fit(module: L.LightningModule, rows: list[Batch], callbacks: list[HealingCal
     torch.manual_seed(0)
     began = time.monotonic()
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*does not have many workers.*|.*GPU available.*")
+        warnings.filterwarnings(
+            "ignore", ".*does not have many workers.*|.*GPU available.*|.*in eval mode at the start.*"
+        )
         L.Trainer(
             max_steps=len(rows), callbacks=callbacks, accelerator="auto", devices=1, precision="bf16-mixed",
             logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
