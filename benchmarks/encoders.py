@@ -165,7 +165,9 @@ def fit(module: L.LightningModule, rows: list[Batch], callbacks: list[HealingCal
     torch.manual_seed(0)
     began = time.monotonic()
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*does not have many workers.*|.*GPU available.*")
+        warnings.filterwarnings(
+            "ignore", ".*does not have many workers.*|.*GPU available.*|.*in eval mode at the start.*"
+        )
         L.Trainer(
             max_steps=len(rows), callbacks=callbacks, accelerator="auto", devices=1, precision="bf16-mixed",
             logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
@@ -247,7 +249,15 @@ def classifiers(softmax: nn.Module, healed: nn.Module, encode: Encode, chosen: A
 
 
 def report(result: dict[str, Any]) -> str:
-    lines = ["| embeddings | cosine | 5th percentile | Spearman of pairs | seconds |", "|---|---|---|---|---|"]
+    own = result["settings"]
+    first, second = own["steps"]
+    lines = [
+        f"{result['model']} by `{RECIPE}`: {first} steps of attention transfer, {second} of imitation and "
+        f"{own['task_steps']} on SST-2, {own['batch']} sentences each; {own['held']} sentences and the development set "
+        "were held out.",
+        "",
+    ]
+    lines += ["| embeddings | cosine | 5th percentile | Spearman of pairs | seconds |", "|---|---|---|---|---|"]
     for row in result["embeddings"]:
         cells = [f"{row['cosine']:.4f} ± {row['cosine_stderr']:.4f}", f"{row['cosine_5th_percentile']:.4f}"]
         lines.append("| " + " | ".join([row["name"], *cells, f"{row['spearman']:.4f}", f"{row['seconds']:.0f}"]) + " |")
@@ -283,6 +293,7 @@ def load(model: Path) -> tuple[nn.Module, Encode]:
 def arguments(given: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, nargs="?")
+    parser.add_argument("--name", help="of the model, in the report")
     parser.add_argument("--text", type=Path, nargs="+", required=True)
     parser.add_argument("--sst2", type=Path, nargs=2, required=True)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
@@ -304,7 +315,7 @@ def main(given: list[str] | None = None) -> dict[str, Any]:
         "environment": environment(),
         "source": source(),
         "threads": torch.get_num_threads(),
-        "model": "toy" if chosen.quick else chosen.model.name,
+        "model": "a toy" if chosen.quick else chosen.name or chosen.model.name,
         "settings": {n: getattr(chosen, n) for n in ("batch", "held", "steps", "task_steps", "lr")},
     }
     result["embeddings"], healed = embeddings(softmax, encode, sentences(chosen.text), chosen)

@@ -35,7 +35,7 @@ def test_quick_run_measures_both(files, tmp_path):
     healed = {row["name"]: row["cosine"] for row in found["embeddings"]}
     assert len(set(healed.values())) == 3
     assert json.loads((tmp_path / "encoders.json").read_text()) == found
-    assert len((tmp_path / "encoders.md").read_text().splitlines()) == 2 + 3 + 1 + 2 + 3
+    assert len((tmp_path / "encoders.md").read_text().splitlines()) == 2 + 2 + 3 + 1 + 2 + 3
 
 
 def test_sentences_are_different_and_of_all_files(files):
