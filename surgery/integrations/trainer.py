@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
+from ..errors import SurgeryError
+
 if TYPE_CHECKING:
     from transformers import Trainer
 else:
@@ -93,6 +95,7 @@ class Bridge(TrainerCallback):
         """From before the optimizer is made until after the run."""
         self.active, self._index = True, 0
         self.module.model = self.trainer.trainer.model
+        self._refuse_adapters_alone()
         self._flags = {id(p): p.requires_grad for p in self.module.parameters()}
         try:
             self.each("setup", "fit")
@@ -104,6 +107,14 @@ class Bridge(TrainerCallback):
         finally:
             self.each("teardown", "fit")
             self.active = False
+
+    def _refuse_adapters_alone(self) -> None:
+        mixers = any(getattr(part, "trains", ()) for each in self.callbacks for part in getattr(each, "parts", [each]))
+        if mixers and type(self.module.model).__name__.startswith("PeftModel"):
+            raise SurgeryError(
+                "of a PeftModel the Trainer saves the adapter alone, and what mixers learn would be lost: give it the "
+                "converted model itself, and let LoRAUnfreezing add the adapter, which is saved with the model"
+            )
 
     @contextmanager
     def all_that_will_learn(self) -> Iterator[None]:

@@ -47,4 +47,4 @@ def test_a_tensor_parallel_model_is_refused(tmp_path):
     for rank in range(2):
         lines = (tmp_path / f"{rank}.txt").read_text().splitlines()
         assert len(lines) == 3
-        assert all("tensor-parallel plan of 2 devices" in line and "use DDP or FSDP2" in line for line in lines)
+        assert all("tensor-parallel plan, by which 2 devices" in line and "use DDP or FSDP2" in line for line in lines)

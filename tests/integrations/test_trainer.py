@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import peft
 import pytest
 import tokenizers
 import torch
@@ -242,6 +243,16 @@ def test_without_lightning_a_model_heals_and_reloads(tmp_path):
     assert again.surgery.recipe.mixer.mix.kind == "logmass"
     logits = torch.load(tmp_path / "logits.pt", weights_only=True)
     assert zoo.relative(again(zoo.tokens(8, 20)).logits, logits) <= 1e-6
+
+
+def test_mixers_that_would_not_be_saved_do_not_learn(tmp_path):
+    """The Trainer saves the adapter of a PeftModel, and nothing else of it."""
+    network = peft.get_peft_model(model(), peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    for callback in (AttentionTransfer(), LoRAUnfreezing(adapter="default", trains=["mixer"])):
+        with pytest.raises(surgery.SurgeryError, match="saves the adapter alone"):
+            train(tmp_path, [callback], network)
+    trainer = train(tmp_path, [LoRAUnfreezing(adapter="default"), LogitDistillation()], network)
+    assert all(p.abs().sum() > 0 for name, p in trainer.model.named_parameters() if ".lora_B." in name)
 
 
 def test_trl(tmp_path):
