@@ -39,7 +39,7 @@ class Variant(NamedTuple):
     options: dict[str, Any]
 
 
-def variants(gate: int, arch: int, features: int, columns: int, groups: int, normalize: bool) -> Iterator[Variant]:
+def variants(gate: int, features: int, columns: int, groups: int, normalize: bool) -> Iterator[Variant]:
     """The four sweeps of one kind of attention, everything optional switched on."""
     heads = {"H": 8 * groups, "H_S": 8}
     flags = {"GATE": gate, "DOCUMENTS": True, "NORMALIZE": normalize, "PRECISION": "ieee", "INTERPRET": False}
@@ -47,7 +47,7 @@ def variants(gate: int, arch: int, features: int, columns: int, groups: int, nor
     widths = {"F_WIDTH": features, "D_WIDTH": columns, "H_KV": 8}
 
     def sized(kind: str, score: int, output: int, names: tuple[str, str]) -> tuple[dict[str, int], dict[str, int]]:
-        chunk, cut, warps, stages = config(kind, score, output, 16, arch)
+        chunk, cut, warps, stages = config(kind, score, output, 16)
         return {"C": chunk, names[0]: padded(score), names[1]: cut}, {"num_warps": warps, "num_stages": stages}
 
     sizes, options = sized(NORMALIZED if normalize else PLAIN, features, columns, ("F", "D"))
@@ -188,29 +188,24 @@ def solver_variants(features: int, columns: int, groups: int, _: bool) -> Iterat
     yield Variant("solved", mesa.solve_kernel, told, options)
 
 
-Variants = Callable[..., Iterator[Variant]]
-
-
-def everywhere(found: Variants) -> Variants:
-    """Of what is compiled alike for all GPUs."""
-    return lambda arch, *sizes: found(*sizes)
+Variants = Callable[[int, int, int, bool], Iterator[Variant]]
 
 
 def plain_alone(found: Variants) -> Variants:
-    """Of that, what has no normaliser."""
-    return lambda arch, *sizes: iter(()) if sizes[-1] else found(*sizes)
+    """Of what has no normaliser."""
+    return lambda *sizes: iter(()) if sizes[-1] else found(*sizes)
 
 
 KINDS: dict[str, Variants] = {
     "none": partial(variants, 0),
     "fixed": partial(variants, 1),
     "scalar": partial(variants, 2),
-    "channel": everywhere(channel_variants),
+    "channel": channel_variants,
     "delta": plain_alone(delta_variants),
     "kda": plain_alone(kda_variants),
     "slots": plain_alone(slot_variants),
     "norm": plain_alone(norm_variants),
     "solver": plain_alone(solver_variants),
-    "both": everywhere(both_variants),
+    "both": both_variants,
 }
-"""By the kind of gate or rule: architecture, features, columns, groups, normalised -> the kernels."""
+"""By the kind of gate or rule: features, columns, groups, normalised -> the kernels."""

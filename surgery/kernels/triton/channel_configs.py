@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from .configs import padded
+from .configs import cut_to, padded
 
 
 class Tile(NamedTuple):
@@ -26,8 +26,8 @@ channels of keys and a slice of slots."""
 
 def tile(kernel: str, features: int, columns: int, bits: int) -> Tile:
     """Slices are of 64, in 16 bits. No tile is less than 64 wide: others are laid out in another way, and ptxas 12.8,
-    which triton 3.6 brings, mixes up the addresses of kernels that have both."""
-    chunk, slice_ = (64, 64) if bits == 16 else (16, 16)
+    which triton 3.6 brings, mixes up the addresses of kernels that have both. Not those before Hopper, see `cut_to`."""
+    chunk = slice_ = cut_to(bits) if bits == 16 else 16
     f, d = max(slice_, padded(features)), max(slice_, padded(columns))
     if kernel == PREPARE:
         # few enough that programs share a multiprocessor: all they do is move bytes

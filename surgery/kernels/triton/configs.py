@@ -20,6 +20,12 @@ def architecture() -> int:
     return 10 * major + minor
 
 
+def cut_to(bits: int) -> int:
+    """Columns of the slices that programs of channel gates and of the delta rule take, fewer before Hopper, where the
+    operands of products take registers, which wider tiles spill."""
+    return 64 if bits == 16 and architecture() >= HOPPER else 32
+
+
 class Config(NamedTuple):
     """chunk: tokens per tile. columns: of the sweep's output per program. warps, stages: as Triton's launch options."""
 
@@ -55,14 +61,13 @@ TABLE: dict[tuple[str, int, int, int], Config] = {
     for output in (64, 128)
     for kind in (PLAIN, NORMALIZED, GATE_GRADIENT)
 }
-# before Hopper the operands of products take registers, which wider tiles spill, and there is less shared memory
+# as with `cut_to`; there is also less shared memory
 EARLIER: dict[tuple[str, int, int, int], Config] = {key: Config(32, 32) for key in TABLE}
 
 
-def config(kind: str, score: int, output: int, bits: int, arch: int | None = None) -> Config:
-    """The row of the architecture's table (None: of this machine's), else a small tile that compiles for any width up
-    to 256."""
-    recent = (arch or architecture()) >= HOPPER
+def config(kind: str, score: int, output: int, bits: int) -> Config:
+    """The row of the GPU's table, else a small tile that compiles for any width up to 256."""
+    recent = architecture() >= HOPPER
     key, table = (kind, padded(score), padded(output), bits), TABLE if recent else EARLIER
     if key in table:
         return table[key]

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .configs import cdiv, delta_launch, padded
+from .configs import cdiv, cut_to, delta_launch, padded
 from .decay import INTERPRET, contiguous
 from .delta_backward import chunk_gradients, gradient_sweep, local_gradients
 from .delta_forward import inverses, outputs, state_sweep
@@ -47,7 +47,9 @@ class Call(NamedTuple):
         floor, slice_ = (64, 64) if self.narrow else (16, 32)
         widths = {"F": self.k.shape[3], "D": self.v.shape[3]}
         tiles = {name: max(floor, padded(width)) for name, width in widths.items()}
-        sliced = {name: min(x, slice_) for name, x in tiles.items() if name == cut or kernel is chunk_gradients}
+        slices = dict.fromkeys(tiles, slice_) if kernel is chunk_gradients else {}
+        slices[cut] = cut_to(8 * self.q.element_size())
+        sliced = {name: min(tiles[name], most) for name, most in slices.items()}
         known = {
             "H": self.q.shape[2],
             "H_S": self.k.shape[2],
