@@ -64,9 +64,12 @@ def test_one_gate_for_all_channels_is_the_delta_rule_with_a_decay():
     assert difference((y, S), exact(**tensors, log_decay=gate)) < 1e-5
 
 
-def test_sixteen_bits():
-    """Chunks of 64. The interpreter computes in fp32 and truncates what is stored: only that may differ."""
-    tensors = {n: x.half() if n in "qkv" else x for n, x in draw(70, "channel", heads=(1, 1, 1)).items()}
+@pytest.mark.parametrize("half_life", [3.0, 100.0], ids=["far", "near"])
+def test_sixteen_bits(half_life):
+    """Chunks of 64, cut by levels or once. The interpreter computes in fp32 and truncates what is stored: only that may
+    differ."""
+    tensors = draw(70, "channel", heads=(1, 1, 1), half_life=half_life)
+    tensors |= {n: tensors[n].half() for n in "qkv"}
     found = everything(
         lambda **x: channel_delta_rule(**{n: t.to(tensors[n].dtype) for n, t in x.items()}), tensors, torch.float32
     )
