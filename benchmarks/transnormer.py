@@ -29,10 +29,14 @@ from surgery.doctor import environment
 from surgery.evaluation.comparison import replacing
 from surgery.evaluation.losses import token_nll
 from surgery.evaluation.provenance import source
+from surgery.mixers.recurrent import HeadNorm
 from surgery.training.data.tokens import read_corpora
 
 ROOT = Path(__file__).resolve().parents[1]
 NORM = {"kind": "norm", "feature_map": {"kind": "elu1"}, "eps": 1e-5}
+GAIN = 0.1
+"""What norms start with: at one their outputs drown embeddings of Llama's initial size, and models that begin with them
+learn how frequent tokens are and no more, so that not the order but the scale would be compared."""
 Row = dict[str, Any]
 
 
@@ -57,6 +61,9 @@ def build(mixer: dict[str, Any] | None, chosen: argparse.Namespace, vocabulary: 
     model = AutoModelForCausalLM.from_config(config)
     if mixer is not None:
         surgery.apply(model, {"mixer": mixer})
+    for module in model.modules():
+        if isinstance(module, HeadNorm):
+            nn.init.constant_(module.gain, GAIN)
     return model.requires_grad_(True)
 
 
