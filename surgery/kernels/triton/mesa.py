@@ -20,6 +20,8 @@ from .decay import INTERPRET, contiguous, require_gpu
 
 WIDEST = 128
 """Channels of keys that a program holds with all that it iterates over."""
+WIDE = 160 * 1024
+"""Bytes of shared memory for more than 64 of them."""
 
 
 @triton.jit
@@ -94,6 +96,11 @@ def parts(x: Tensor, exact: bool) -> tuple[Tensor, Tensor]:
     return high, (x - high).bfloat16()
 
 
+def fits(width: int, shared: int) -> bool:
+    """Whether a program that may have so many bytes of shared memory solves systems of this width."""
+    return width <= 64 or (width <= WIDEST and shared >= WIDE)
+
+
 def told(rows: int, groups: int, width: int, exact: bool) -> dict[str, Any]:
     """What the kernel is told, and its launch options. Tiles of 16 bits are as `configs.narrowest` has them."""
     least = narrowest(32 if exact else 16)
@@ -149,7 +156,10 @@ def mesa_attention(
 ) -> tuple[Tensor, State | None]:
     """See the reference."""
     solver: Solver = partial(conjugate_gradients, exact=q.dtype == torch.float32)
-    if max(x.dtype.itemsize for x in (q, k, v, log_gate, ridge)) > 4 or k.shape[-1] > WIDEST:
+    shared = WIDE
+    if q.is_cuda:
+        shared = getattr(torch.cuda.get_device_properties(q.device), "shared_memory_per_block_optin", 0)
+    if max(x.dtype.itemsize for x in (q, k, v, log_gate, ridge)) > 4 or not fits(k.shape[-1], shared):
         solver = iterated
     else:
         require_gpu(q)
