@@ -141,6 +141,8 @@ class Watch(StepCallback):
             values["val_loss"] = validated
         if self.monitor is not None and self.monitor.history and self.monitor.history[-1][0] == step:
             values |= {f"branches/{key}": value for key, value in self.monitor.history[-1][1].items()}
+        # what mixes domains has logged the probabilities that it changed last
+        values |= {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith("domain_")}
         for logger in trainer.loggers:
             logger.log_metrics(values, step)
         if self.say is not None and speaks and trainer.is_global_zero:

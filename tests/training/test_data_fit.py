@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from functools import partial
 from itertools import chain
 from types import SimpleNamespace
@@ -300,6 +301,8 @@ def test_convert_mixes_domains_by_a_bandit(loss, inputs, monkeypatch):
     monkeypatch.setattr(BanditMix, "observe", told)
     part = load_file(run(inputs / "part", options=Options(save_every=1)) / "model.safetensors")
     assert all(torch.equal(part[name], whole[name]) for name in whole)
+    last = list(csv.DictReader((inputs / "whole" / "metrics.csv").open()))[-1]
+    assert float(last["domain_0"]) + float(last["domain_1"]) == pytest.approx(1)
 
 
 def test_a_bandit_is_refused_where_domains_are_not_told_apart(inputs):
