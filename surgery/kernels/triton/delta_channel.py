@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
-from .configs import delta_channel_launch, padded
+from .configs import cdiv, delta_channel_launch, padded
 from .decay import INTERPRET, contiguous
 from .delta_channel_backward import (
     feature_gradients,
@@ -18,6 +17,7 @@ from .delta_channel_backward import (
     state_gradients,
 )
 from .delta_channel_forward import decayed, inverses, outputs, pair_weights, state_sweep
+from .operation import operation
 
 
 class Decayed(NamedTuple):
@@ -58,7 +58,7 @@ class Call(NamedTuple):
 
     @property
     def chunks(self) -> int:
-        return triton.cdiv(self.q.shape[1], self.chunk)
+        return cdiv(self.q.shape[1], self.chunk)
 
     def told(self, kernel: Any, **more: Any) -> dict[str, Any]:
         """What a kernel asks for by name, and its launch options: F all channels, X and D a slice."""
@@ -87,7 +87,7 @@ class Call(NamedTuple):
 
     def grid(self, chunks: int, cut: int | None = None, heads: int | None = None) -> tuple[int, int, int]:
         """Programs of so many chunks, by slices of a width that is cut, and by heads, of the state unless told."""
-        slices = 1 if cut is None else triton.cdiv(cut, self.chunk)
+        slices = 1 if cut is None else cdiv(cut, self.chunk)
         return chunks * slices, heads or self.k.shape[2], self.q.shape[0]
 
     def single(self, *size: int) -> Tensor:
@@ -119,7 +119,7 @@ class Call(NamedTuple):
         return u, states, S_after
 
 
-@torch.library.custom_op("surgery::delta_channel_attention", mutates_args=())
+@operation("delta_channel_attention")
 def _forward(
     q: Tensor,
     k: Tensor,
@@ -160,7 +160,7 @@ def _outputs(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, T
     return y, S, q.new_empty(*k.shape[:3], chunk), q.new_empty(*q.shape[:3], chunk, dtype=torch.float32)
 
 
-@torch.library.custom_op("surgery::delta_channel_attention_backward", mutates_args=())
+@operation("delta_channel_attention_backward")
 def _backward(
     dy: Tensor,
     dS_after: Tensor | None,
@@ -193,7 +193,7 @@ def _backward(
     )  # fmt: skip
     # several heads of the state may share one of v
     shared = dv if v.shape[2] == k.shape[2] else call.values()
-    slices = triton.cdiv(features, call.chunk)
+    slices = cdiv(features, call.chunk)
     parts = call.single(1 + 2 * slices, *beta.shape)
     dA, dW = call.single(*k.shape[:3], call.chunk), torch.empty_like(weights)
     pair_gradients[call.grid(chunks)](

@@ -17,6 +17,7 @@ from ..chunked.mesa import Solver, Systems, attend, iterated
 from ..specs import State
 from .configs import narrowest, padded
 from .decay import INTERPRET, contiguous, require_gpu
+from .operation import operation
 
 WIDEST = 128
 """Channels of keys that a program holds with all that it iterates over."""
@@ -118,7 +119,7 @@ def told(rows: int, groups: int, width: int, exact: bool) -> dict[str, Any]:
     }
 
 
-@torch.library.custom_op("surgery::conjugate_gradients", mutates_args=())
+@operation("conjugate_gradients")
 def _solve(
     keys: Tensor, decay: Tensor, kept: Tensor, before: Tensor, ridge: Tensor, b: Tensor, steps: int, exact: bool
 ) -> Tensor:

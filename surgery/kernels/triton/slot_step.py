@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -13,7 +12,7 @@ from .configs import padded
 from .mixed_tiles import power
 from .slot_kernels import writes
 from .step_tiles import load_floats, products, step_state
-from .steps import TILE, covered, single, warps, writable
+from .steps import TILE, InPlace, covered, single, warps, writable
 from .tiles import LOG2_E
 
 
@@ -58,8 +57,7 @@ def slot_kernel(
     tl.store(y_ptr, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
-@torch.library.custom_op("surgery::slot_step", mutates_args=("slot_k", "slot_v"))
-def _step(
+def _launch(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -77,15 +75,13 @@ def _step(
     slot_kernel[state_heads, batch](
         q, k, v, gate, lengths, slot_k, slot_v, y, q_row, k_row, v_row, gate_row, scale,
         H=heads, H_S=state_heads, D_WIDTH=dim, V_WIDTH=columns, SLOTS=slots,
-        ROWS=triton.next_power_of_2(heads // state_heads), D=d, X=x, M=m, LENGTHS=lengths is not None,
+        ROWS=padded(heads // state_heads, 1), D=d, X=x, M=m, LENGTHS=lengths is not None,
         num_warps=warps(m * max(d, x)),
     )  # fmt: skip
     return y
 
 
-@_step.register_fake
-def _(q, k, v, log_gate, lengths, slot_k, slot_v, scale):
-    return q.new_empty(*q.shape[:3], v.shape[3])
+_step = InPlace("slot_step", _launch, ("slot_k", "slot_v"))
 
 
 def gated_slot_attention_step(
@@ -104,4 +100,4 @@ def gated_slot_attention_step(
         return None
     if padded(log_gate.shape[3]) * padded(max(q.shape[3], v.shape[3])) > TILE:
         return None
-    return _step(q, k, v, log_gate, lengths, *kept, float(scaling))
+    return _step(kept, q, k, v, log_gate, lengths, *kept, float(scaling))
