@@ -64,7 +64,7 @@ ALLOWED: dict[str, tuple[int, str]] = {
     "key_gradients": (1000, FASTEST), "sink_gradients": (900, UNTUNED),
 }  # fmt: skip
 """Bytes that a kernel may spill, stores and loads together, and why."""
-BEFORE_HOPPER = ALLOWED | {"inverse": (100, EARLIER), "dqk": (1500, EARLIER)}
+BEFORE_HOPPER = ALLOWED | {"inverse": (100, EARLIER), "dqk": (1700, EARLIER), "row_gradients": (100, EARLIER)}
 
 
 class Variant(NamedTuple):
