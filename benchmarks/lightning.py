@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import decode, kernels, peers
+from benchmarks import decode, kernel_cases, kernels, peers
 from surgery.doctor import environment
 from surgery.evaluation.provenance import source
 from surgery.mixers.base import AttentionShape
@@ -30,14 +30,14 @@ COLUMNS = ["pass", "model", "tokens a row", "rows", "ms", "tokens/s", "MiB"]
 
 def sides(chosen: argparse.Namespace, length: int) -> dict[str, dict[str, Callable[[], Any]]]:
     """What is launched, by model and pass."""
-    shape = kernels.Shape(chosen.tokens // length, length, chosen.heads, chosen.heads, chosen.head_dim)
+    shape = kernel_cases.Shape(chosen.tokens // length, length, chosen.heads, chosen.heads, chosen.head_dim)
     inputs = {
         n: torch.randn(shape.batch, length, shape.heads, shape.dim, device=chosen.device, dtype=chosen.dtype)
         for n in "qkv"
     }
     layer = AttentionShape(chosen.heads, chosen.heads, chosen.head_dim, chosen.heads * chosen.head_dim, 0, 24)
     gate = -SlopesConfig().decays(layer, chosen.heads).to(chosen.device)
-    run = kernels.decayed("triton" if chosen.device == "cuda" else "chunked")
+    run = kernel_cases.decayed("triton" if chosen.device == "cuda" else "chunked")
     # decays are fixed: none gets a gradient
     functions = {OURS: lambda q, k, v: run(q, k, v, gate), FLASH: peers.flash}
     return {name: kernels.launches(function, inputs) for name, function in functions.items()}

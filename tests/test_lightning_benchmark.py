@@ -43,7 +43,7 @@ def test_lengths_divide_the_tokens(capsys):
 def test_both_sides_run_alike(monkeypatch):
     """As many tokens whatever the length, and no gradient of the fixed decays."""
     seen = []
-    decayed = lightning.kernels.decayed
+    decayed = lightning.kernel_cases.decayed
 
     def spy(backend):
         def run(q, k, v, gate):
@@ -52,7 +52,7 @@ def test_both_sides_run_alike(monkeypatch):
 
         return run
 
-    monkeypatch.setattr(lightning.kernels, "decayed", spy)
+    monkeypatch.setattr(lightning.kernel_cases, "decayed", spy)
     monkeypatch.setattr(decode, "seconds", lambda step, steps: (step(), 1.0)[1])
     chosen = lightning.arguments(["--quick", "--device", "cpu"])
     for length in chosen.lengths:
