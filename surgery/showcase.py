@@ -21,13 +21,14 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, set_seed
 from transformers.utils import logging as transformers_logging
 
-from . import adapters, hub
+from . import adapters
 from .errors import SurgeryError
 from .evaluation import Evaluation, evaluate
 from .evaluation.comparison import Comparison, compare, write_json
 from .evaluation.plot import MISSING, plot
 from .evaluation.report import remarks, tables
 from .evaluation.run import DEMO
+from .folders import replace_folder
 from .operate import apply
 from .progress import showing_progress
 from .recipe import Recipe, load_recipe
@@ -209,7 +210,7 @@ def _write(out: Path, work: Path, healed: PreTrainedModel, lineup: Lineup) -> li
     plot(lineup, picture)
     for source, target in moved.items():
         os.replace(source, target)
-    with hub.replace_folder(folder) as unfinished:
+    with replace_folder(folder) as unfinished:
         healed.save_pretrained(unfinished)
         AutoTokenizer.from_pretrained(DEMO).save_pretrained(unfinished)
         names = sorted(path.name for path in unfinished.iterdir())

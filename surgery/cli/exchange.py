@@ -27,7 +27,8 @@ def import_model(
     from transformers import AutoConfig, AutoTokenizer
 
     from .. import adapters
-    from ..hub import auto_class, replace_folder
+    from ..folders import replace_folder
+    from ..hub import auto_class
     from ..interchange import import_checkpoint
     from ..validation import parse_changes
 

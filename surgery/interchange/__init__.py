@@ -14,8 +14,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from .. import adapters, hub
+from .. import adapters
 from ..errors import SurgeryError
+from ..folders import replace_folder
 from ..mixers.base import Config
 from ..operate import apply, inspect
 from ..patchers.interface import converted_layers
@@ -130,7 +131,7 @@ def export_checkpoint(model: nn.Module, folder: str | os.PathLike, format: str =
     if adapters.names(inner):
         raise SurgeryError("the model has adapters, which are not exported: merge them into its weights first")
     found = write(inner)
-    with hub.replace_folder(Path(folder)) as new:
+    with replace_folder(Path(folder)) as new:
         save_file(
             {name: x.contiguous() for name, x in found.tensors.items()}, new / "model.safetensors", {"format": "pt"}
         )

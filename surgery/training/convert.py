@@ -26,6 +26,7 @@ from ..callbacks.lora_unfreezing import ADAPTER
 from ..callbacks.recipes import stage_callbacks
 from ..callbacks.schedules import schedule
 from ..errors import SurgeryError, loading
+from ..folders import replace_folder
 from ..patchers.interface import converted_layers
 from ..patchers.sites import projections
 from ..recipe import Recipe
@@ -353,7 +354,7 @@ def _finish(
     """Merge the adapters, write everything into a folder, and let that appear as a whole."""
     out, sample = run.out, _sample(rows, recipe.stages[-1], network)
     adapter = next((adapter_of(stage, network) for stage in reversed(recipe.stages) if isinstance(stage, LoRA)), None)
-    with hub.replace_folder(out) as folder:
+    with replace_folder(out) as folder:
         save_delta(network, folder / "delta.safetensors", adapter)
         drift = adapters.merge_checked(network, sample)
         network.save_pretrained(folder)
