@@ -92,6 +92,8 @@ def examine(model_type: str) -> Finding:
             return Finding(model_type, name, "unbuilt", reason=f"{weights:,} weights at the smallest sizes")
         logits(model, tokens(1, LENGTH))
     except Exception as error:
+        if model_type in REFUSED:  # by its name alone
+            return Finding(model_type, name, "refused", reason=REFUSED[model_type])
         return Finding(model_type, name, "unbuilt", reason=_line(error))
     family = find_family(model.config)
     patcher = "" if family is None else family.attention
