@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
 import torch
@@ -17,7 +18,7 @@ RANK, NORMALIZER = 16, 16.0
 """What the GLA models of its library have, whatever their config says."""
 
 
-class Layers:
+class Layers(ABC):
     """name, architecture: theirs. mixer: ours. mark: a tensor that no other kind has. norm: of the outputs, [D], shared
     by heads, which goes into the columns of o_proj. multi_head: whether every query head has its own keys and values.
     """
@@ -29,29 +30,29 @@ class Layers:
     norm: ClassVar[str] = "o_norm"
     multi_head: ClassVar[bool] = True
 
+    @abstractmethod
     def foreign(self, config: dict[str, Any]) -> dict[str, Any]:
         """What our mixer does not compute -> whether a config has it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def take(self, keys: Keys, prefix: str, shape: AttentionShape) -> dict[str, Tensor]:
         """The values of a layer's mixer by name, without the norm's."""
-        raise NotImplementedError
 
+    @abstractmethod
     def entry(self, options: Any, values: dict[str, Tensor]) -> dict[str, Any]:
         """What the recipe says of the mixer beside what all kinds share. values: those of a layer."""
-        raise NotImplementedError
 
+    @abstractmethod
     def check(self, model: Any, softmax: bool) -> None:
         """Raises: SurgeryError: they do not compute this converted model. softmax: it has softmax layers."""
-        raise NotImplementedError
 
+    @abstractmethod
     def give(self, module: Any, attention: dict[str, Tensor], eps: float) -> dict[str, Tensor]:
         """Tensors of a converted layer by their names in theirs. attention: its projections. eps: of the norm."""
-        raise NotImplementedError
 
+    @abstractmethod
     def config(self, model: Any) -> dict[str, Any]:
         """What config.json says of the layers of a converted model."""
-        raise NotImplementedError
 
 
 class GLA(Layers):
