@@ -283,3 +283,20 @@ def test_kernels_run_on_a_gpu_for_16_bits():
     assert dispatch.preferred(On(True, torch.bfloat16)) == ("triton" if dispatch.HAS_TRITON else "chunked")
     assert dispatch.preferred(On(True, torch.float32)) == "chunked"
     assert dispatch.preferred(On(False, torch.bfloat16)) == "chunked"
+
+
+def test_untried_kernels_run_where_they_are_asked_for(monkeypatch):
+    """As if on a GPU, whose kernels are preferred."""
+    if dispatch._forced is not None:
+        pytest.skip("a backend is forced by the environment")
+
+    def untried(x):
+        return "untried"
+
+    untried.untried = True
+    plain = dispatch.Op(lambda x: "reference", lambda x: "chunked", dict, lambda x: "tried")
+    op = dispatch.Op(lambda x: "reference", lambda x: "chunked", dict, untried)
+    monkeypatch.setattr(dispatch, "preferred", lambda x: "triton")
+    assert (plain(torch.zeros(1)), op(torch.zeros(1))) == ("tried", "chunked")
+    with kernels.backend("triton"):
+        assert op(torch.zeros(1)) == "untried"
